@@ -1,3 +1,22 @@
-"""guardfold: a vision-language model's safety guard, folded into plain weights."""
+"""guardfold: a vision-language model's safety guard, folded into plain weights.
+
+>>> import guardfold
+>>> result = guardfold.export_guarded("demo", output="demo-guarded")
+>>> result.evidence.ruling
+"""
+
+from __future__ import annotations
+
+from typing import Any
 
 __version__ = "0.1.0"
+__all__ = ["__version__", "export_guarded", "extract_guard"]
+
+
+def __getattr__(name: str) -> Any:
+    """The pipeline's functions, imported when first used: torch takes a second that `--version` need not wait for."""
+    if name in __all__:
+        from . import pipeline
+
+        return getattr(pipeline, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

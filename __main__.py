@@ -1,0 +1,5 @@
+"""`python -m guardfold`: the same as the `guardfold` command."""
+
+from .cli import main
+
+main()

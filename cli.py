@@ -1,0 +1,249 @@
+"""The command line: one thin function per verb. Exit status 0 done, 1 unexpected, 2 bad input, 3 refused."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+from . import __version__
+from .guard.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from .guard.presets import Scope
+    from .pipeline import GuardOptions
+    from .validators.check import Evidence
+
+app = typer.Typer(
+    name="guardfold",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Fold a safety guard into the weights of a vision-language model, and prove what it does.\n\n"
+    "Start with:  guardfold export --model demo",
+    epilog="Exit status: 0 done, 1 unexpected error, 2 bad input, 3 refused because not safer or not equal. "
+    "--debug, anywhere, shows tracebacks.",
+)
+
+MODEL_HELP = "The demo, a model folder, a hub id (owner/name), or an alias such as llava."
+Model = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
+Layers = Annotated[
+    str, typer.Option(help="Decoder layers to project: last-quarter, last-half, all, or numbers from 0 (3,5,20-31).")
+]
+ScopeOption = Annotated[
+    str,
+    typer.Option(
+        "--scope",
+        help="sublayers: own directions per layer, on what its attention and MLP write. "
+        "shared: one set of directions, on everything that writes to the residual stream.",
+    ),
+]
+Rank = Annotated[int, typer.Option(min=1, help="Directions per layer (m).")]
+Strength = Annotated[float, typer.Option(help="Share of the component to remove, above 0 and up to 1.")]
+Anchors = Annotated[
+    Path | None,
+    typer.Option(
+        help="Paired queries, JSONL or CSV with columns harmful and harmless. "
+        "Default: the model folder's own anchors.jsonl, else the built-in ones."
+    ),
+]
+Probes = Annotated[
+    Path | None,
+    typer.Option(
+        help="Held-out prompts, JSONL or CSV with columns text and harmful (and answer). "
+        "Default: the model folder's own probes.jsonl, else the built-in ones."
+    ),
+]
+QA = Annotated[
+    Path | None,
+    typer.Option(
+        "--qa",
+        help="Labelled image questions, JSONL with image, text and answer. Default: the model folder's own qa.jsonl.",
+    ),
+]
+SkipBehaviour = Annotated[
+    bool,
+    typer.Option(
+        "--skip-behaviour",
+        help="Check that the folder is sound and equal to its hooks, but measure no behaviour; the manifest says so.",
+    ),
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"guardfold {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def export(
+    model: Model,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write. Default: ./<name>-guarded.")
+    ] = None,
+    guard: Annotated[str, typer.Option("--guard", "-g", help="A guard file, or a preset: projection.")] = "projection",
+    scope: ScopeOption = "sublayers",
+    layers: Layers = "last-quarter",
+    rank: Rank = 1,
+    strength: Strength = 1.0,
+    anchors: Anchors = None,
+    probes: Probes = None,
+    qa: QA = None,
+    skip_behaviour: SkipBehaviour = False,
+    allow_weaker: Annotated[
+        bool, typer.Option("--allow-weaker", help="Publish even if not safer, marked NOT VERIFIED. For research.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
+) -> None:
+    """Write a guarded copy of a model, and publish it only if it is measurably safer.
+
+    Extracts the safety steering directions, folds the guard into the weights, proves the result equal to the hooks,
+    measures refusals and answers with and without images, and prints original against guarded.
+    """
+    from .pipeline import export_guarded
+
+    options = _options(guard, scope, layers, rank, strength, anchors)
+    result = export_guarded(
+        model,
+        output,
+        options,
+        probes=probes,
+        qa=qa,
+        skip_behaviour=skip_behaviour,
+        allow_weaker=allow_weaker,
+        overwrite=overwrite,
+    )
+    _show(result.evidence)
+    typer.echo(f"written to {result.folder}" + ("" if result.verified else " (NOT VERIFIED)"))
+
+
+@app.command()
+def extract(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Guard file to write (.safetensors).")],
+    guard: Annotated[str, typer.Option("--guard", "-g", help="A preset: projection.")] = "projection",
+    scope: ScopeOption = "sublayers",
+    layers: Layers = "last-quarter",
+    rank: Rank = 1,
+    strength: Strength = 1.0,
+    anchors: Anchors = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+) -> None:
+    """Extract a guard from a model and write it to a file, without touching the model.
+
+    Prints, per layer, how strongly the direction stands out and how well it separates harmful from harmless prompts.
+    """
+    from .pipeline import extract_to
+    from .validators.report import directions_table
+
+    made = extract_to(output, model, _options(guard, scope, layers, rank, strength, anchors), overwrite=overwrite)
+    _print(directions_table(made))
+    typer.echo(f"written to {output}")
+
+
+@app.command()
+def check(
+    folder: Annotated[Path, typer.Argument(help="A folder written by `guardfold export`.")],
+    against: Annotated[str, typer.Option("--against", help="The model it was made from. " + MODEL_HELP)],
+    probes: Probes = None,
+    qa: QA = None,
+    skip_behaviour: SkipBehaviour = False,
+) -> None:
+    """Measure a guarded folder afresh against the model it was made from.
+
+    Exit status 3 if it is not equal to its hooks or, unless behaviour is skipped, not safer.
+    """
+    from .pipeline import check_guarded
+
+    evidence = check_guarded(folder, against, probes=probes, qa=qa, skip_behaviour=skip_behaviour)
+    _show(evidence)
+    if not evidence.sound or not (skip_behaviour or evidence.ruling == "safer"):
+        raise typer.Exit(3)
+
+
+@app.command()
+def inspect(model: Annotated[str, typer.Argument(help=MODEL_HELP)]) -> None:
+    """Say what a model is and which of its tensors write to the residual stream, from config and headers alone."""
+    from .pipeline import inspect_model
+    from .validators.report import family_table
+
+    _print(family_table(*inspect_model(model)))
+
+
+def _options(preset: str, scope: str, layers: str, rank: int, strength: float, anchors: Path | None) -> GuardOptions:
+    from .guard.presets import SCOPES
+    from .pipeline import GuardOptions
+
+    if scope not in SCOPES:
+        raise InputError(f"--scope {scope}: one of {', '.join(SCOPES)}")
+    return GuardOptions(preset, cast("Scope", scope), layers, rank, strength, anchors)
+
+
+def _show(evidence: Evidence) -> None:
+    from .validators.report import render
+
+    _print(render(evidence))
+
+
+def _print(what: RenderableType) -> None:
+    from rich.console import Console
+
+    Console().print(what)
+
+
+def _quiet_libraries() -> None:
+    """Progress bars and remarks of the libraries below would interrupt ours."""
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def main() -> None:
+    """The `guardfold` command: runs it, turns errors into one line and an exit status, and ends the process."""
+    from .validators.verdict import Refused
+
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    try:
+        _quiet_libraries()
+        app()
+    except InputError as error:
+        status, message = 2, f"error: {_one_line(error)}"
+        cause: BaseException = error
+    except Refused as error:
+        status, message = 3, f"refused: {_one_line(error)}"
+        cause = error
+    except Exception as error:
+        status, message = 1, f"unexpected {type(error).__name__}: {_one_line(error)} (--debug shows where)"
+        cause = error
+    evidence = getattr(cause, "evidence", None)
+    if evidence is not None:
+        _show(evidence)
+    if debug:
+        traceback.print_exception(cause)
+    print(f"guardfold: {message}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,103 @@
+"""What each intervention means: hooks on a running model. Every fold is tested against these few lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from .errors import InputError
+from .guard import Guard, SharedProjection, SublayerProjection, TwoPass
+from .vlm import attention, decoder_layers, mlp, output_tensor, residual_readers, with_output_tensor
+
+TextStates = Mapping[int, Tensor]
+"""layer -> h_l(q), [batch, d]: the last prompt token's states in a text-only pass (states.text_states)."""
+
+
+def project_out(states: Tensor, basis: Tensor, strength: float) -> Tensor:
+    """h - strength (h V^T) V: `states` [..., d] without that share of span(basis), [m, d]; float32 or better inside."""
+    wide = states.to(torch.promote_types(states.dtype, torch.float32))
+    basis = basis.to(wide)
+    return (wide - strength * (wide @ basis.T) @ basis).to(states.dtype)
+
+
+def _on_output(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    return lambda _module, _args, output: with_output_tensor(output, change(output_tensor(output)))
+
+
+def _sublayers(model: PreTrainedModel, each: SublayerProjection, _text: TextStates | None) -> Iterator[RemovableHandle]:
+    for layer, basis in each.bases.items():
+        hook = _on_output(lambda y, basis=basis: project_out(y, basis, each.strength))  # type: ignore[misc]
+        for module in (attention(decoder_layers(model)[layer]), mlp(decoder_layers(model)[layer])):
+            yield module.register_forward_hook(hook)
+
+
+def _shared(model: PreTrainedModel, each: SharedProjection, _text: TextStates | None) -> Iterator[RemovableHandle]:
+    for norm in residual_readers(model):
+        yield norm.register_forward_pre_hook(
+            lambda _module, args: (project_out(args[0], each.basis, each.strength), *args[1:])
+        )
+
+
+def _two_pass(model: PreTrainedModel, each: TwoPass, text: TextStates | None) -> Iterator[RemovableHandle]:
+    if text is None:
+        raise InputError("the two-pass guard needs the text-only states of the batch: attached(model, guard, text=...)")
+    for layer, basis in each.bases.items():
+        steered = text[layer].float() @ basis.T.to(text[layer].device)  # [batch, m]: h_l(q) V^T
+        gate = (steered[:, :1] > 0).float()  # g_l, [batch, 1]
+        change = _LastPromptToken(basis, each, gate * steered)
+        yield decoder_layers(model)[layer].register_forward_hook(_on_output(change))
+
+
+class _LastPromptToken:
+    """Adds alpha g_l h_l(q) V^T V at the last prompt token: in the prefill, not in the cached steps that follow it.
+
+    The first call sees the whole (left-padded) prompt and so tells where its last token is; without a KV cache every
+    later call repeats that position, with one it does not reach it again.
+    """
+
+    def __init__(self, basis: Tensor, each: TwoPass, coefficients: Tensor) -> None:
+        self.basis, self.each, self.coefficients = basis, each, coefficients
+        self.position: int | None = None
+
+    def __call__(self, states: Tensor) -> Tensor:
+        if self.position is None:
+            self.position = states.shape[1] - 1
+        if self.each.project:
+            states = project_out(states, self.basis, 1.0)
+        if states.shape[1] <= self.position:
+            return states
+        states = states.clone()
+        steering = self.each.alpha * self.coefficients @ self.basis.to(self.coefficients)  # [batch, d]
+        states[:, self.position] += steering.to(states)
+        return states
+
+
+_INSTALL: dict[type, Callable[..., Iterator[RemovableHandle]]] = {
+    SublayerProjection: _sublayers,
+    SharedProjection: _shared,
+    TwoPass: _two_pass,
+}
+
+
+@contextmanager
+def attached(model: PreTrainedModel, guard: Guard, text: TextStates | None = None) -> Iterator[PreTrainedModel]:
+    """This changes what `model` computes until the block ends; on exit, also by an exception, it is as it was.
+
+    text: only for TwoPass, whose second pass it is; one `with` block serves one batch.  Raises InputError if the guard
+    does not fit the model or TwoPass is given no text states.
+    """
+    guard.check_fits(len(decoder_layers(model)), model.config.get_text_config().hidden_size)
+    handles: list[RemovableHandle] = []
+    try:
+        for each in guard.interventions:
+            handles.extend(_INSTALL[type(each)](model, each, text))
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,36 @@
+"""One progress bar for everything that takes over a second, on standard error, gone when done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+Item = TypeVar("Item")
+CONSOLE = Console(stderr=True)
+
+
+def bar() -> Progress:
+    """A progress display on standard error that leaves nothing behind."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=CONSOLE, transient=True)
+
+
+def track(items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
+    """`items` one by one, under a progress bar named `what`."""
+    if total is None and isinstance(items, Sequence):
+        total = len(items)
+    with bar() as progress:
+        yield from progress.track(items, total=total, description=what)
+
+
+def batched(items: Sequence[Item], size: int, what: str) -> Iterator[Sequence[Item]]:
+    """`items` in batches of `size`, under a progress bar that counts items."""
+    with bar() as progress:
+        task = progress.add_task(what, total=len(items))
+        for start in range(0, len(items), size):
+            batch = items[start : start + size]
+            yield batch
+            progress.advance(task, len(batch))

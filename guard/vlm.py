@@ -1,0 +1,220 @@
+"""A vision-language model, its processor, and its parts by role: decoder layers, attentions, MLPs, norms that read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from .errors import InputError
+
+ALIASES = {
+    "llava": "llava-hf/llava-1.5-7b-hf",
+    "llava-13b": "llava-hf/llava-1.5-13b-hf",
+    "llava-next": "llava-hf/llava-v1.6-mistral-7b-hf",
+    "vip-llava": "llava-hf/vip-llava-7b-hf",
+}
+DEMO = "demo"
+"""The name of the small model that comes with the package; its folder is package data."""
+
+DOWNLOADED = ["*.safetensors", "*.json", "*.jsonl", "*.jinja", "*.model", "*.txt", "LICENSE*", "images/*"]
+"""What a hub repository is asked for: safetensors, configs, tokenizer, processor, prompt files. No pickles."""
+
+ATTENTION_NAMES = ("self_attn", "cross_attn", "linear_attn", "attention")
+MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe")
+FINAL_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm")
+MAX_CONFIG_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class VLM:
+    """A loaded model with the processor that belongs to it, and the folder both came from."""
+
+    model: PreTrainedModel
+    processor: ProcessorMixin
+    folder: Path
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        return decoder_layers(self.model)
+
+    @property
+    def width(self) -> int:
+        """d, the size of the residual stream."""
+        return self.model.config.get_text_config().hidden_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: to the parameters, or to the CPU where those are not loaded (streamed models)."""
+        device = self.model.device
+        return torch.device("cpu") if device.type == "meta" else device
+
+    @property
+    def batch_size(self) -> int:
+        """Prompts a batch: many for a model that fits in a cache, few for one that fills a card."""
+        return 64 if sum(p.numel() for p in self.model.parameters()) < 50e6 else 8
+
+
+def resolve(name: str) -> tuple[Path, str]:
+    """(folder, source) of `name`: the demo, a folder, an alias or a hub id, downloaded if need be.
+
+    `source` is what the manifest calls the model: the alias's hub id, the hub id, or the folder's name.
+    """
+    if name == DEMO:
+        return Path(str(files("guardfold") / "validators" / "demo" / "model")), DEMO
+    folder = Path(name)
+    if folder.is_dir():
+        return folder, folder.resolve().name
+    if name not in ALIASES and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        known = ", ".join([DEMO, *ALIASES])
+        raise InputError(f"{name}: no such folder; give a model folder, a hub id (owner/name) or one of {known}")
+    return _download(ALIASES.get(name, name)), ALIASES.get(name, name)
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=DOWNLOADED))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{hub_id}: cannot be had from the Hugging Face Hub ({reason})") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of `folder`, checked to be a vision-language model's; InputError otherwise."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"{folder}: no config.json; --model takes a folder in the Hugging Face layout")
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise InputError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: not a JSON object")
+    if config.get("model_type") not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        raise InputError(
+            f"{folder}: model_type {config.get('model_type')!r} is not a vision-language model that transformers knows"
+        )
+    return config
+
+
+def check_weights(folder: Path) -> None:
+    """InputError unless `folder` holds safetensors weights; pickles are never opened."""
+    if any(folder.glob("*.safetensors")):
+        return
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+        raise InputError(
+            f"{folder}: only pickled weights (.bin/.pt), which are not opened; "
+            "convert them first: load and save_pretrained with transformers in a sandbox"
+        )
+    raise InputError(f"{folder}: no *.safetensors weights")
+
+
+def load(folder: Path, device: str | None = None, dtype: torch.dtype | None = None) -> VLM:
+    """The model and processor in `folder`: on the GPU in bfloat16 where there is one, else on the CPU in float32.
+
+    Raises InputError if the folder is not a vision-language model with safetensors weights and a processor.
+    """
+    read_config(folder)
+    check_weights(folder)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise InputError(f"{folder}: transformers cannot load it ({_first_line(error)})") from error
+    return VLM(model.eval().to(device), load_processor(folder), folder)
+
+
+def load_processor(folder: Path) -> ProcessorMixin:
+    """The processor in `folder`, padding on the left; InputError if there is none or it has no chat template."""
+    try:
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise InputError(f"{folder}: transformers cannot load its processor ({_first_line(error)})") from error
+    if getattr(processor, "tokenizer", None) is None:
+        raise InputError(f"{folder}: its processor has no tokenizer")
+    if processor.chat_template is None and processor.tokenizer.chat_template is None:
+        raise InputError(f"{folder}: its processor has no chat template (chat_template.jinja)")
+    processor.tokenizer.padding_side = "left"
+    if processor.tokenizer.pad_token is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    return processor
+
+
+def meta_model(folder: Path) -> PreTrainedModel:
+    """The model of `folder` without its weights: parameters on the meta device, buffers real. No weights are read."""
+    from accelerate import init_empty_weights
+
+    read_config(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise InputError(f"{folder}: config.json describes no model that transformers can build ({error})") from error
+    model.tie_weights()
+    return model.eval()
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The language model's decoder layers, first to last."""
+    return list(model.get_decoder().layers)
+
+
+def _child(module: nn.Module, names: tuple[str, ...]) -> nn.Module:
+    for name in names:
+        child = getattr(module, name, None)
+        if isinstance(child, nn.Module):
+            return child
+    raise InputError(f"{type(module).__name__} has none of the modules {', '.join(names)}")
+
+
+def attention(layer: nn.Module) -> nn.Module:
+    """The attention of a decoder layer: its (first) output is what attention writes to the residual stream."""
+    return _child(layer, ATTENTION_NAMES)
+
+
+def mlp(layer: nn.Module) -> nn.Module:
+    """The MLP of a decoder layer: its (first) output is what the MLP writes to the residual stream."""
+    return _child(layer, MLP_NAMES)
+
+
+def final_norm(model: PreTrainedModel) -> nn.Module:
+    """The norm between the last decoder layer and the language model's head."""
+    return _child(model.get_decoder(), FINAL_NORM_NAMES)
+
+
+def residual_readers(model: PreTrainedModel) -> list[nn.Module]:
+    """Every norm that reads the residual stream of a pre-norm decoder: each layer's own norms and the final one."""
+    of_layers = [
+        child for layer in decoder_layers(model) for name, child in layer.named_children() if "norm" in name.lower()
+    ]
+    return [*of_layers, final_norm(model)]
+
+
+def output_tensor(output: Tensor | tuple[Any, ...]) -> Tensor:
+    """A module's hidden states, whether it returns them alone or first in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def with_output_tensor(output: Tensor | tuple[Any, ...], tensor: Tensor) -> Tensor | tuple[Any, ...]:
+    """`output` with its hidden states replaced by `tensor`."""
+    return (tensor, *output[1:]) if isinstance(output, tuple) else tensor

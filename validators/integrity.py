@@ -1,0 +1,96 @@
+"""Is the folder sound? Untouched tensors bit-identical, shapes and dtypes kept, every tensor loaded, none missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers import AutoModelForImageTextToText
+
+from ..export.checkpoint import Checkpoint, TensorInfo
+from ..export.fold import Fold
+from ..export.names import Renaming
+from ..export.writers import Family
+from ..guard.progress import track
+from ..guard.vlm import meta_model
+
+COMPARE_BYTES = 16 * 2**20
+LOAD_BELOW_BYTES = 512 * 2**20
+"""Checkpoints up to this size are loaded by transformers itself; of larger ones the names and shapes are compared."""
+
+
+@dataclass(frozen=True)
+class Integrity:
+    """identical: tensors whose bytes are the source's; edited, added: the others.  loaded: how loading was checked."""
+
+    identical: int
+    edited: int
+    added: tuple[str, ...]
+    loaded: str
+    failures: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+    def figures(self) -> dict[str, Any]:
+        return {**asdict(self), "passed": self.passed}
+
+
+def inspect_folder(source: Checkpoint, folded: Checkpoint, family: Family, fold: Fold) -> Integrity:
+    """`folded` against `source`, of which `fold` edits some tensors. Raises InputError if a file cannot be read."""
+    added = (family.untied_head,) if fold.untie else ()
+    failures = list(_table_failures(source, folded, added))
+    copies = {name: name for name in source.tensors if name not in fold.edits} | dict.fromkeys(added, family.embedding)
+    for name, origin in track(list(copies.items()), "integrity"):
+        if name in folded.tensors and not _same_bytes(source, origin, folded, name):
+            failures.append(f"{name} should be untouched but differs")
+    how, problems = _load(folded) if folded.data_bytes <= LOAD_BELOW_BYTES else _match_names(folded)
+    return Integrity(len(copies) - len(added), len(fold.edits), added, how, (*failures, *problems))
+
+
+def _table_failures(source: Checkpoint, folded: Checkpoint, added: tuple[str, ...]) -> Iterator[str]:
+    for name in sorted({*source.tensors, *added} - set(folded.tensors)):
+        yield f"{name} is missing"
+    for name in sorted(set(folded.tensors) - {*source.tensors, *added}):
+        yield f"{name} does not belong"
+    for name in sorted(set(source.tensors) & set(folded.tensors)):
+        before, after = source.info(name), folded.info(name)
+        if (before.dtype, before.shape) != (after.dtype, after.shape):
+            yield f"{name} is {after.dtype} {list(after.shape)}, was {before.dtype} {list(before.shape)}"
+
+
+def _same_bytes(source: Checkpoint, name: str, folded: Checkpoint, other: str) -> bool:
+    before, after = source.info(name), folded.info(other)
+    if (before.dtype, before.shape) != (after.dtype, after.shape):
+        return True  # said already, by name
+
+    def blocks(checkpoint: Checkpoint, info: TensorInfo) -> Iterator[bytes]:
+        rows = info.shape[0] if info.shape else 1
+        step = max(1, COMPARE_BYTES // max(1, info.row_bytes))
+        for first in range(0, rows, step):
+            yield checkpoint.read_bytes(info.name, first, min(first + step, rows))
+
+    return all(a == b for a, b in zip(blocks(source, before), blocks(folded, after), strict=True))
+
+
+def _load(folded: Checkpoint) -> tuple[str, list[str]]:
+    try:
+        _, info = AutoModelForImageTextToText.from_pretrained(
+            folded.folder, output_loading_info=True, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        return "from_pretrained", [f"transformers cannot load the folder: {error}"]
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    return "from_pretrained", [f"{kind}: {sorted(map(str, info[kind]))[:3]}" for kind in kinds if info.get(kind)]
+
+
+def _match_names(folded: Checkpoint) -> tuple[str, list[str]]:
+    """What from_pretrained would say of names, without reading weights."""
+    model = meta_model(folded.folder)
+    renaming = Renaming(model)
+    loaded = {renaming(name): name for name in folded.tensors}
+    tied = set() if not model.config.tie_word_embeddings else set(model._tied_weights_keys or {})
+    missing = [name for name in renaming.state if name not in loaded and name not in tied]
+    return "names and shapes", [f"missing_keys: {missing[:3]}"] if missing else []

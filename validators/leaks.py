@@ -1,0 +1,130 @@
+"""The leak detector: does anything still write along the projected directions?
+
+Two views. Activations: in a running folded model, the component along V relative to the states it should be gone from,
+which sees a writer that the table of writers forgot. Tensors: the component along V left in each edited tensor, which
+sees a bias or gate that is too near zero to show in activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..export.checkpoint import DTYPES, Checkpoint
+from ..export.fold import Edit, ProjectColumns, ProjectRows, row_blocks
+from ..guard.guard import Guard, SharedProjection, SublayerProjection
+from ..guard.progress import track
+from ..guard.vlm import attention, decoder_layers, final_norm, mlp, output_tensor
+
+EXACT_TOLERANCE = 1e-5
+"""What float32 arithmetic may leave along V, relative to the states: measured 2e-8 to 4e-7."""
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """Largest relative error of rounding to `dtype`: 2^-24 for float32, 2^-11 for float16, 2^-8 for bfloat16."""
+    return torch.finfo(dtype).eps / 2
+
+
+@dataclass
+class Leaks:
+    """Largest |h V^T| / |h| seen at each place, |h| the root mean square norm of the states at that place."""
+
+    at: dict[str, float] = field(default_factory=dict)
+
+    def record(self, place: str, states: Tensor, basis: Tensor) -> None:
+        states = states.detach().to(torch.promote_types(states.dtype, torch.float32))
+        along = (states @ basis.to(states).T).norm(dim=-1).max()
+        scale = states.norm(dim=-1).square().mean().sqrt().clamp(min=torch.finfo(states.dtype).tiny)
+        self.at[place] = max(self.at.get(place, 0.0), float(along / scale))
+
+    @property
+    def worst(self) -> float:
+        return max(self.at.values(), default=0.0)
+
+
+@contextmanager
+def leak_probe(model: PreTrainedModel, guard: Guard) -> Iterator[Leaks]:
+    """Records, while the block runs `model`, what is left along every full-strength projection of `guard`."""
+    leaks, handles = Leaks(), []
+
+    def watch_input(module: nn.Module, place: str, basis: Tensor) -> None:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            leaks.record(place, args[0] if args else kwargs["hidden_states"], basis)
+
+        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def watch_output(module: nn.Module, place: str, basis: Tensor) -> None:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            leaks.record(place, output_tensor(output), basis)
+
+        handles.append(module.register_forward_hook(hook))
+
+    try:
+        layers = decoder_layers(model)
+        for each in guard.interventions:
+            if isinstance(each, SharedProjection) and each.strength == 1:
+                for number, layer in enumerate(layers):
+                    watch_input(layer, f"into layer {number}", each.basis)
+                watch_input(final_norm(model), "into the final norm", each.basis)
+            elif isinstance(each, SublayerProjection) and each.strength == 1:
+                for number, basis in each.bases.items():
+                    watch_output(attention(layers[number]), f"attention of layer {number}", basis)
+                    watch_output(mlp(layers[number]), f"MLP of layer {number}", basis)
+        yield leaks
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def activation_tolerance(dtypes: Sequence[str]) -> float:
+    """What may be left along V in activations of a checkpoint whose edited tensors have these dtypes.
+
+    One unit roundoff: rounding leaves about a quarter of that, a forgotten writer at least 5.5e-3 (design figures,
+    float16 1.1e-4, bfloat16 1.2e-3 of the states).
+    """
+    return max([EXACT_TOLERANCE, *(unit_roundoff(DTYPES[each]) for each in dtypes)])
+
+
+def tensor_leak(source: Checkpoint, folded: Checkpoint, name: str, edit: ProjectRows | ProjectColumns) -> float:
+    """What of V is left in tensor `name` beyond the (1 - strength) that should be, in units of what was there.
+
+    |V W' - (1 - strength) V W| / max(|V W|, sqrt(m / d) |W|): 1 if nothing was projected, about the unit roundoff
+    otherwise; the second term is the share that a random direction would have.  Reads both files in blocks of rows.
+    """
+    rank, width = edit.basis.shape
+    kept, old, squares = [], [], 0.0
+    for first, last in row_blocks(source.info(name).shape):
+        before, after = source.read(name, first, last).double(), folded.read(name, first, last).double()
+        kept.append(_along(edit, after - (1 - edit.strength) * before, first))
+        old.append(_along(edit, before, first))
+        squares += float(before.square().sum())
+    join = sum if isinstance(edit, ProjectRows) else torch.cat
+    scale = max(float(join(old).norm()), (rank / width * squares) ** 0.5)
+    return float(join(kept).norm()) / scale if scale else 0.0
+
+
+def _along(edit: ProjectRows | ProjectColumns, block: Tensor, first: int) -> Tensor:
+    basis = edit.basis.double()
+    if isinstance(edit, ProjectColumns):
+        return block @ basis.T
+    return torch.tensordot(basis[:, first : first + len(block)], block, 1)
+
+
+def tensor_leaks(source: Checkpoint, folded: Checkpoint, edits: Mapping[str, Sequence[Edit]]) -> dict[str, float]:
+    """tensor -> tensor_leak, for every projected tensor."""
+    return {
+        name: max(tensor_leak(source, folded, name, edit) for edit in projections)
+        for name, edits_of in track(list(edits.items()), "leaks")
+        if (projections := [edit for edit in edits_of if isinstance(edit, ProjectRows | ProjectColumns)])
+    }
+
+
+def tensor_tolerance(dtype: str) -> float:
+    """What rounding to `dtype` may leave in one tensor: its error is one of many random directions, hence 8 of them."""
+    return max(EXACT_TOLERANCE, 8 * unit_roundoff(DTYPES[dtype]))

@@ -1,0 +1,119 @@
+"""Evidence as a person reads it: tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ..export.checkpoint import Checkpoint
+from ..export.writers import Family
+from ..guard.guard import Guard
+from .check import Evidence
+from .statistics import Rate
+
+MEASURES = {
+    "complied": ("harmful: complied", False),
+    "complied_first": ("harmful: not refused at once", False),
+    "answered": ("benign: answered", True),
+    "correct": ("benign: answered as labelled", True),
+}
+"""Rate -> (name in the table, whether more is better)."""
+
+COLOURS = {"safer": "green", "not safer": "red", "undecided": "yellow"}
+
+
+def render(evidence: Evidence) -> RenderableType:
+    """Soundness in two lines, the table original vs guarded, and the ruling with its reasons."""
+    return Group(*_parts(evidence))
+
+
+def _parts(evidence: Evidence) -> Iterator[RenderableType]:
+    integrity, equal = evidence.integrity, evidence.equivalence
+    yield Text(
+        f"integrity    {_word(integrity.passed)}  {integrity.identical} tensors identical, {integrity.edited} edited"
+        + (f", {len(integrity.added)} added" if integrity.added else "")
+    )
+    if equal:
+        noise = "" if equal.noise is None else f" (rounding noise {equal.noise:.1e}, before rounding {equal.exact:.1e})"
+        greedy = "" if equal.greedy is None else f", {equal.greedy:.1%} of {equal.greedy_tokens} greedy tokens equal"
+        leak = equal.tensor_leak if equal.activation_leak is None else equal.activation_leak
+        yield Text(
+            f"equivalence  {_word(equal.passed)}  fold vs hooks {equal.folded:.1e} of the logits' scale{noise}{greedy}"
+            f"; leak {leak:.1e}"
+        )
+    if evidence.original and evidence.guarded:
+        yield _table(evidence)
+    yield Text(f"verdict      {evidence.ruling.upper()}", style=f"bold {COLOURS.get(evidence.ruling, 'yellow')}")
+    for reason in evidence.reasons:
+        yield Text(f"  - {reason}")
+
+
+def _word(passed: bool) -> str:
+    return "ok    " if passed else "FAILED"
+
+
+def _table(evidence: Evidence) -> Table:
+    assert evidence.original and evidence.guarded
+    table = Table(caption="rates in %, Wilson 95 % intervals in brackets; n = prompts", caption_justify="left")
+    for column in ("prompts", "measure", "original", "guarded", "n"):
+        table.add_column(column, justify="left" if column in ("prompts", "measure") else "right")
+    for kind, before in evidence.original.kinds.items():
+        after = evidence.guarded.kinds[kind].rates()
+        for name, rate in before.rates().items():
+            label, more_is_better = MEASURES[name]
+            table.add_row(kind, label, _cell(rate), _cell(after[name], rate, more_is_better), str(rate.total))
+        table.add_section()
+    if evidence.original.qa:
+        was, now = Rate.of(evidence.original.qa), Rate.of(evidence.guarded.qa)
+        table.add_row("image questions", "answered as labelled", _cell(was), _cell(now, was, True), str(was.total))
+    return table
+
+
+def _cell(rate: Rate, before: Rate | None = None, more_is_better: bool = True) -> Text:
+    style = ""
+    if before and abs(rate.rate - before.rate) > 0.005:
+        style = "green" if (rate.rate > before.rate) == more_is_better else "red"
+    return Text(f"{100 * rate.rate:5.1f} [{100 * rate.low:.0f}-{100 * rate.high:.0f}]", style=style)
+
+
+def directions_table(guard: Guard) -> Table:
+    """Per layer: how far harmful and harmless lie apart along v_1, and how well it ranks them under each image kind."""
+    figures = guard.provenance["directions"]
+    kinds = list(figures["auc"])
+    table = Table(caption="gap in units of the residual stream; AUC cross-fitted over halves of the anchors")
+    for column in ("layer", "gap", "s1/s2", *(f"AUC {kind}" for kind in kinds)):
+        table.add_column(column, justify="right")
+    for layer, gap in figures["gap"].items():
+        first, second = figures["singular_values"][layer][:2]
+        scores = (f"{figures['auc'][kind][layer]:.3f}" for kind in kinds)
+        table.add_row(layer, f"{gap:.3g}", f"{first / second:.2f}", *scores)
+    return table
+
+
+def family_table(checkpoint: Checkpoint, family: Family) -> RenderableType:
+    """What a model is, and its residual writers by role: number, dtypes, an example, what edits them."""
+    table = Table()
+    for column in ("writes to the residual stream", "tensors", "dtype", "for example", "edited by scope"):
+        table.add_column(column, justify="right" if column == "tensors" else "left")
+    for role in dict.fromkeys(writer.role for writer in family.writers):
+        writers = [writer for writer in family.writers if writer.role == role]
+        dtypes = sorted({checkpoint.info(writer.disk).dtype for writer in writers})
+        scopes = "shared, sublayers" if writers[0].layer is not None else "shared"
+        table.add_row(role, str(len(writers)), " ".join(dtypes), writers[0].disk, scopes)
+    exact = "exact" + (" after untying" if family.tied else "") if family.pre_norm else "not exact: post-norm layers"
+    facts = {
+        "family": f"{family.model_type} around {family.text_model_type}",
+        "layers": family.layers,
+        "hidden size": family.width,
+        "weights": f"{checkpoint.data_bytes / 1e6:.1f} MB in {len(checkpoint.shards)} file(s)",
+        "head": f"tied to {family.embedding}" if family.tied else f"its own tensor, {family.head}; never edited",
+        "scope sublayers": "exact",
+        "scope shared": exact,
+    }
+    summary = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in facts.items():
+        summary.add_row(name, str(value))
+    return Group(summary, table)

@@ -1,0 +1,125 @@
+"""A model that computes straight from its files: each weight is read when a module needs it and dropped right after.
+
+So a checkpoint far larger than memory can be run in float32 and compared, at the price of one read of it per pass. The
+weights may be edited on the way, unrounded: what a fold would compute if numbers had no last bit.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..export.checkpoint import Checkpoint, open_regular, read_rows
+from ..export.fold import Edit, Folded, row_blocks
+from ..export.names import memory_to_disk
+from ..guard.errors import InputError
+from ..guard.vlm import meta_model
+
+KEPT_ENTRIES = 2**16
+"""A module's own parameters up to this many are read once and kept: gains, biases, and vectors such as image_newline,
+which some classes use outside the module's forward."""
+
+
+class _Weights:
+    """The tensors of a checkpoint by their names in memory, float32 or better, read by rows, edited on the way."""
+
+    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, edits: Mapping[str, Sequence[Edit]]) -> None:
+        self.checkpoint = checkpoint
+        self.disk = memory_to_disk(model, checkpoint.tensors)
+        self.tied = {name: self.disk[of] for name, of in _tied(model).items() if name not in self.disk}
+        self.files = {shard.path: open_regular(checkpoint.folder, shard.path.name) for shard in checkpoint.shards}
+        self.folded = {
+            name: Folded(partial(self._raw, name), checkpoint.info(name).shape, edits[name]) for name in edits
+        }
+
+    def close(self) -> None:
+        for descriptor in self.files.values():
+            os.close(descriptor)
+
+    def _raw(self, disk: str, first: int, last: int) -> Tensor:
+        shard, info = self.checkpoint.tensors[disk]
+        return read_rows(self.files[shard.path], shard, info, first, last)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.checkpoint.info(self.disk.get(name) or self.tied[name]).shape
+
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        """Rows first:last of the parameter `name`. A tied head reads its embedding as it was, never the edited one."""
+        disk = self.disk.get(name)
+        if disk in self.folded:
+            return self.folded[disk].rows(first, last)
+        block = self._raw(disk or self.tied[name], first, last)
+        return block.to(torch.promote_types(block.dtype, torch.float32)) if block.is_floating_point() else block
+
+    def whole(self, name: str) -> Tensor:
+        shape = self.shape(name)
+        return self.rows(name, 0, shape[0]) if shape else self.rows(name, 0, 1)
+
+
+def _tied(model: PreTrainedModel) -> dict[str, str]:
+    """Head -> embedding, where the class could tie them; whether they are tied is for the file to say."""
+    keys = model._tied_weights_keys
+    return dict(keys) if isinstance(keys, Mapping) else {}
+
+
+def _linear(weights: _Weights, name: str, module: nn.Linear, states: Tensor) -> Tensor:
+    parts = [F.linear(states, weights.rows(f"{name}.weight", *block)) for block in row_blocks(module.weight.shape)]
+    product = torch.cat(parts, dim=-1)
+    return product if module.bias is None else product + weights.whole(f"{name}.bias")
+
+
+def _embedding(weights: _Weights, name: str, _module: nn.Embedding, ids: Tensor) -> Tensor:
+    unique, place = ids.unique(return_inverse=True)
+    return torch.cat([weights.rows(f"{name}.weight", int(row), int(row) + 1) for row in unique])[place]
+
+
+def _lend(weights: _Weights, name: str, own: Sequence[str], module: nn.Module, _args: object) -> None:
+    for each in own:
+        setattr(module, each, nn.Parameter(weights.whole(f"{name}.{each}" if name else each), requires_grad=False))
+
+
+def _take_back(own: Mapping[str, nn.Parameter], module: nn.Module, _args: object, _output: object) -> None:
+    for each, empty in own.items():
+        setattr(module, each, empty)
+
+
+@contextmanager
+def streamed(checkpoint: Checkpoint, edits: Mapping[str, Sequence[Edit]] | None = None) -> Iterator[PreTrainedModel]:
+    """The model of `checkpoint`, computing in float32 from its files, with `edits` (tensor on disk -> edits) applied.
+
+    Raises InputError if the checkpoint lacks a tensor or one has another shape than config.json says.
+    """
+    model = meta_model(checkpoint.folder)
+    weights = _Weights(checkpoint, model, edits or {})
+    try:
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if name not in weights.disk and name not in weights.tied:
+                raise InputError(f"{checkpoint.folder}: no tensor for {name}")
+            if weights.shape(name) != tuple(tensor.shape):
+                raise InputError(
+                    f"{checkpoint.folder}: {name} has shape {list(weights.shape(name))}, "
+                    f"config.json says {list(tensor.shape)}"
+                )
+        for name, module in model.named_modules():
+            own = dict(module.named_parameters(recurse=False))
+            if type(module) is nn.Linear:
+                module.forward = partial(_linear, weights, name, module)  # type: ignore[method-assign]
+            elif type(module) is nn.Embedding:
+                module.forward = partial(_embedding, weights, name, module)  # type: ignore[method-assign]
+            elif sum(parameter.numel() for parameter in own.values()) <= KEPT_ENTRIES:
+                _lend(weights, name, list(own), module, None)
+            else:
+                module.register_forward_pre_hook(partial(_lend, weights, name, list(own)))
+                module.register_forward_hook(partial(_take_back, own))
+            for each in module._buffers.keys() - module._non_persistent_buffers_set:
+                setattr(module, each, weights.whole(f"{name}.{each}" if name else each))
+        yield model
+    finally:
+        weights.close()
