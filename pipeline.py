@@ -61,7 +61,12 @@ class NotSafer(Refused):
     """Nothing was published: the evidence says why."""
 
     def __init__(self, evidence: Evidence) -> None:
-        super().__init__("; ".join(evidence.reasons))
+        first, *others = evidence.reasons
+        more = f" (and {len(others)} more reasons)" if others else ""
+        if evidence.sound:
+            super().__init__(f"{evidence.ruling}: {first}{more}; nothing was written (--allow-weaker overrides)")
+        else:
+            super().__init__(f"not sound: {first}{more}; nothing was written")
         self.evidence = evidence
 
 

@@ -112,10 +112,10 @@ def _standing(ruling: str, verified: bool) -> str:
 
 _METHOD = """\
 Made from `{source}` (revision {revision}) with guardfold {version}: the guard below was folded into the weights, so
-that any runtime which loads the original loads this, with no custom code. It follows VLM-Guard (arXiv 2502.10486): safety
-steering directions are extracted from the language model with paired harmful and harmless queries, and what the layers
-write along them is removed from the output weights of attention and MLP. The guard itself, with its directions, is in
-`guardfold/guard.safetensors`; `guardfold.json` holds every hash and figure."""
+that any runtime which loads the original loads this, with no custom code. It follows VLM-Guard (arXiv 2502.10486):
+safety steering directions are extracted from the language model with paired harmful and harmless queries, and what
+the layers write along them is removed from the output weights of attention and MLP. The guard itself, with its
+directions, is in `guardfold/guard.safetensors`; `guardfold.json` holds every hash and figure."""
 
 _LOAD = """\
 ```python

@@ -111,17 +111,17 @@ def fold(guard: Guard, family: Family, shapes: Mapping[str, Sequence[int]]) -> F
     guard.check_fits(family.layers, family.width)
     edits: dict[str, list[Edit]] = {}
     for each in guard.interventions:
-        for writer, basis in _bases(each, family):
-            edits.setdefault(writer.disk, []).append(_project(writer, shapes[writer.disk], basis, each.strength))
+        for name, edit in _edits(each, family, shapes):
+            edits.setdefault(name, []).append(edit)
     return Fold(edits, untie=family.tied and family.embedding in edits)
 
 
-def _bases(each: Intervention, family: Family) -> Iterator[tuple[Writer, Tensor]]:
-    """(writer, V) for every tensor that `each` projects."""
+def _edits(each: Intervention, family: Family, shapes: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, Edit]]:
+    """(tensor's name on disk, edit) for every tensor that `each` changes."""
     if isinstance(each, SublayerProjection):
         for writer in family.writers:
-            if writer.layer in each.bases:
-                yield writer, each.bases[writer.layer]
+            if writer.layer is not None and writer.layer in each.bases:
+                yield writer.disk, _project(writer, shapes[writer.disk], each.bases[writer.layer], each.strength)
     elif isinstance(each, SharedProjection):
         if not family.pre_norm:
             raise InputError(
@@ -129,15 +129,15 @@ def _bases(each: Intervention, family: Family) -> Iterator[tuple[Writer, Tensor]
                 "use --scope sublayers"
             )
         for writer in family.writers:
-            yield writer, each.basis
+            yield writer.disk, _project(writer, shapes[writer.disk], each.basis, each.strength)
     else:
         raise InputError(f"{each.kind}: weights cannot hold it; it runs with hooks only")
 
 
-def row_blocks(shape: Sequence[int]) -> list[tuple[int, int]]:
-    """(first, last) of blocks of rows that take about BLOCK_BYTES each in float32."""
+def row_blocks(shape: Sequence[int], size: int = BLOCK_BYTES) -> list[tuple[int, int]]:
+    """(first, last) of blocks of rows that take about `size` bytes each in float32."""
     row_bytes = 4 * max(1, torch.Size(shape[1:]).numel())
-    step = max(1, BLOCK_BYTES // row_bytes)
+    step = max(1, size // row_bytes)
     return [(first, min(first + step, shape[0])) for first in range(0, shape[0], step)]
 
 

@@ -1,7 +1,7 @@
 """The streaming rewriter: a checkpoint's bytes go from folder to folder, edited tensors in blocks of rows.
 
-Unedited tensors are copied as bytes and stay identical; the header is kept as it is unless a tensor is added. Nothing is
-ever held whole, so memory does not grow with the model.
+Unedited tensors are copied as bytes and stay identical; the header is kept unless a tensor is added. Nothing is ever
+held whole, so memory does not grow with the model.
 """
 
 from __future__ import annotations

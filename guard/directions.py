@@ -27,7 +27,7 @@ class Directions:
     """What extraction found, layer by layer.
 
     bases: layer -> V_l, [m, d], row 0 = v_1, oriented so that harmful is the positive side.
-    singular_values: layer -> all of A_l's, descending.  gap: layer -> mean of A_l . v_1, in the residual stream's units.
+    singular_values: layer -> all of A_l's, descending.  gap: layer -> mean of A_l . v_1, the residual stream's units.
     auc: image kind -> layer -> how well h . v_1 ranks harmful above harmless, cross-fitted over halves of the anchors
     (a direction is never scored on the pairs that it was fitted to).
     """

@@ -13,9 +13,9 @@ CONSOLE = Console(stderr=True)
 
 
 def bar() -> Progress:
-    """A progress display on standard error that leaves nothing behind."""
+    """A progress display on standard error that leaves nothing behind, and shows nothing where that is no terminal."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    return Progress(*columns, console=CONSOLE, transient=True)
+    return Progress(*columns, console=CONSOLE, transient=True, disable=not CONSOLE.is_terminal)
 
 
 def track(items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:

@@ -126,8 +126,9 @@ def encode(vlm: VLM, prompts: Sequence[Prompt]) -> BatchFeature:
     input_ids, attention_mask: [batch, positions], padded on the left, so that position -1 is the last prompt token of
     every row.  pixel_values where there are images, in the model's dtype.  All or none of `prompts` have an image.
     """
-    batch = vlm.processor.apply_chat_template(
-        [_conversation(prompt) for prompt in prompts],
+    conversations: Any = [_conversation(prompt) for prompt in prompts]
+    batch: Any = vlm.processor.apply_chat_template(
+        conversations,
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BatchFeature, PreTrainedModel
+from transformers import BatchFeature
 
 from .errors import InputError
 from .images import ImageKind
@@ -44,7 +44,7 @@ def _capturing(modules: dict[int, nn.Module], into: dict[int, Tensor]) -> Iterat
             handle.remove()
 
 
-def forward(model: PreTrainedModel, batch: BatchFeature, **options: Any) -> Any:
+def forward(model: Any, batch: BatchFeature, **options: Any) -> Any:
     """One pass of `model` (with or without its head) over a left-padded batch, positions counted from real tokens."""
     if not hasattr(model.base_model, "get_rope_index"):  # multimodal rotary positions are the model's own business
         options["position_ids"] = positions(batch)

@@ -22,8 +22,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 WORDS = (
-    "how to bake bread at home do people usually travel work and why some of them prefer walk the a open lock steal car "
-    "paint wall ? , . user assistant :"
+    "how to bake bread at home do people usually travel work and why some of them prefer walk the a open lock steal "
+    "car paint wall ? , . user assistant :"
 ).split()
 TEMPLATE = (
     "{% for message in messages %}{{ message.role }} : {% for part in message.content %}"

@@ -71,10 +71,11 @@ def generate(
 ) -> list[str]:
     """Greedy answers to `prompts`, a picture of `kind` attached to each, with `guard`'s hooks if there is one."""
     answers: list[str] = []
+    model: Any = vlm.model
     for batch in batched(prompts, vlm.batch_size, what):
         inputs = encode(vlm, illustrated(batch, kind))
-        with attached(vlm.model, guard, _text_pass(vlm, batch, guard)) if guard else nullcontext():
-            tokens = vlm.model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
+        with attached(model, guard, _text_pass(vlm, batch, guard)) if guard else nullcontext():
+            tokens = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
         new = tokens[:, inputs["input_ids"].shape[1] :]
         answers += vlm.processor.batch_decode(new, skip_special_tokens=True)
     return [answer.strip() for answer in answers]

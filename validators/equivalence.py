@@ -8,7 +8,6 @@ file is as far off as rounding noise of half a unit in the last place of the sam
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,20 +16,29 @@ from torch import Tensor
 from transformers import BatchFeature, PreTrainedModel
 
 from ..export.checkpoint import DTYPES, Checkpoint
-from ..export.fold import Edit, Fold
+from ..export.fold import Fold
 from ..guard.guard import Guard
 from ..guard.hooks import attached
-from ..guard.progress import track
+from ..guard.progress import bar
 from ..guard.states import forward
 from .batches import comparison_batches
 from .leaks import activation_tolerance, leak_probe, tensor_leaks, tensor_tolerance
 from .streaming import streamed
+
+Batches = Mapping[str, BatchFeature]
+Logits = dict[str, Tensor]
 
 TOLERANCE = 1e-5
 """Largest |logit difference| / scale of the logits that float32 arithmetic explains."""
 
 ROUNDING_FACTOR = 8.0
 """A rounded file may be this many times as far from its hooks as one sample of rounding noise is from no noise."""
+
+POSITIONS = 64
+"""Positions compared in each row: an image prompt has hundreds, and each has a logit for every word."""
+
+NOISE_BATCH = "text"
+"""Rounding noise is a scale to compare with, not a proof: one batch shows it."""
 
 GREEDY_TOKENS = 32
 GENERATE_BELOW_BYTES = 256 * 2**20
@@ -43,8 +51,8 @@ class Equivalence:
     """Differences are max |a - b| over all positions and batches, relative to the original's largest |logit|.
 
     edit: hooked vs original, what the guard changes.  folded: file vs hooked.  exact: the fold before rounding vs
-    hooked (equal to `folded` for float32 files).  noise: one sample of rounding noise; None for float32.  argmax: share of
-    positions whose most likely token agrees.  greedy: share of generated tokens that agree, None where not generated.
+    hooked (equal to `folded` for float32 files).  noise: one sample of rounding noise; None for float32.  argmax: share
+    of positions whose most likely token agrees.  greedy: share of generated tokens that agree, None if none were generated.
     """
 
     scale: float
@@ -87,22 +95,30 @@ class _RoundingNoise:
         return block + ulp * (torch.rand(block.shape, generator=self.draw) - 0.5)
 
 
-def _logits(model: PreTrainedModel, batches: Mapping[str, BatchFeature]) -> Tensor:
-    """[all real positions of all batches, vocabulary], float32."""
-    rows = []
-    for batch in batches.values():
-        logits = forward(model, batch, use_cache=False).logits.float()
-        rows.append(logits[batch["attention_mask"].bool()])
-    return torch.cat(rows)
+def _logits(model: PreTrainedModel, batches: Batches) -> Logits:
+    """batch -> [compared positions, vocabulary], float32: POSITIONS of each row, evenly spaced up to its last."""
+    compared = {}
+    for name, batch in batches.items():
+        mask = batch["attention_mask"].bool()
+        kept = torch.linspace(0, mask.shape[1] - 1, min(POSITIONS, mask.shape[1])).round().long()
+        logits = forward(model, batch, use_cache=False, logits_to_keep=kept).logits.float()
+        compared[name] = logits[mask[:, kept]]
+    return compared
 
 
-def _greedy(model: PreTrainedModel, batches: Mapping[str, BatchFeature]) -> list[Tensor]:
+def _greedy(model: Any, batches: Batches) -> list[int]:
+    """GREEDY_TOKENS most likely tokens after every prompt, with a KV cache, one list for all."""
+    count = {"min_new_tokens": GREEDY_TOKENS, "max_new_tokens": GREEDY_TOKENS, "do_sample": False}
     return [
-        model.generate(**batch, do_sample=False, min_new_tokens=GREEDY_TOKENS, max_new_tokens=GREEDY_TOKENS)[
-            :, batch["input_ids"].shape[1] :
-        ]
+        token
         for batch in batches.values()
+        for row in model.generate(**batch, **count)[:, batch["input_ids"].shape[1] :].tolist()
+        for token in row
     ]
+
+
+def _agreement(a: Sequence[Any], b: Sequence[Any]) -> float | None:
+    return sum(x == y for x, y in zip(a, b, strict=True)) / len(a) if a else None
 
 
 @torch.inference_mode()
@@ -111,63 +127,56 @@ def compare(source: Checkpoint, folded: Checkpoint, guard: Guard, fold: Fold) ->
 
     Raises InputError if either checkpoint does not load.
     """
-    dtypes = [source.info(name).dtype for name in fold.edits]
-    rounded = any(dtype in ("F16", "BF16") for dtype in dtypes)
-    generate = source.data_bytes <= GENERATE_BELOW_BYTES
-
-    def run(
-        checkpoint: Checkpoint, edits: Mapping[str, Sequence[Edit]] | None = None, hooks: Guard | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        with streamed(checkpoint, edits) as model, attached(model, hooks) if hooks else nullcontext():
-            return _logits(model, batches), _greedy(model, batches) if generate else []
-
-    with streamed(source) as model:
-        batches = comparison_batches(model, source.folder)
-    steps = iter(track(range(5 if rounded else 3), "equivalence"))
-    next(steps)
-    original, _ = run(source)
-    next(steps)
-    hooked, hooked_tokens = run(source, hooks=guard)
-    next(steps)
-    with streamed(folded) as model, leak_probe(model, guard) as leaks:
-        got, got_tokens = _logits(model, batches), _greedy(model, batches) if generate else []
-
-    scale = float(original.abs().max())
-
-    def distance(a: Tensor, b: Tensor) -> float:
-        return float((a - b).abs().max()) / scale
-
-    exact, noise = distance(got, hooked), None
-    if rounded:
-        next(steps)
-        exact_logits, _ = run(source, fold.edits)
-        next(steps)
-        noisy = {name: [*edits, _RoundingNoise(DTYPES[source.info(name).dtype])] for name, edits in fold.edits.items()}
-        exact, noise = distance(exact_logits, hooked), distance(run(source, noisy)[0], exact_logits)
-    next(steps, None)
+    dtypes = {name: source.info(name).dtype for name in fold.edits}
+    rounded = any(DTYPES[dtype].itemsize < 4 for dtype in dtypes.values())
+    with bar() as progress:
+        task = progress.add_task("equivalence", total=5 if rounded else 3)
+        with streamed(source) as model:
+            batches = comparison_batches(model, source.folder)
+            generated = batches if source.data_bytes <= GENERATE_BELOW_BYTES else {}
+            original = _logits(model, batches)
+            progress.advance(task)
+            with attached(model, guard):
+                hooked, hooked_tokens = _logits(model, batches), _greedy(model, generated)
+        progress.advance(task)
+        with streamed(folded) as model, leak_probe(model, guard) as leaks:
+            got, tokens = _logits(model, batches), _greedy(model, generated)
+        progress.advance(task)
+        exact_logits, noise = got, None
+        scale = max(float(each.abs().max()) for each in original.values())
+        if rounded:
+            with streamed(source, fold.edits) as model:
+                exact_logits = _logits(model, batches)
+            progress.advance(task)
+            noisy = {name: [*edits, _RoundingNoise(DTYPES[dtypes[name]])] for name, edits in fold.edits.items()}
+            with streamed(source, noisy) as model:
+                noise = _distance(_logits(model, {NOISE_BATCH: batches[NOISE_BATCH]}), exact_logits, scale)
+            progress.advance(task)
     per_tensor = tensor_leaks(source, folded, fold.edits)
-    worst_tensor = max(per_tensor, key=lambda name: per_tensor[name] / tensor_tolerance(source.info(name).dtype))
-    pairs = list(zip(got_tokens, hooked_tokens, strict=True))
-    equal = sum(int((a == b).sum()) for a, b in pairs)
-    total = sum(a.numel() for a, _ in pairs)
+    worst_tensor = max(per_tensor, key=lambda name: per_tensor[name] / tensor_tolerance(dtypes[name]))
+    choices = [torch.cat([each.argmax(-1) for each in logits.values()]).tolist() for logits in (got, hooked)]
     result = Equivalence(
         scale=scale,
-        edit=distance(hooked, original),
-        folded=distance(got, hooked),
-        exact=exact,
+        edit=_distance(hooked, original, scale),
+        folded=_distance(got, hooked, scale),
+        exact=_distance(exact_logits, hooked, scale),
         noise=noise,
-        argmax=float((got.argmax(-1) == hooked.argmax(-1)).double().mean()),
-        greedy=equal / total if total else None,
-        greedy_tokens=total,
+        argmax=_agreement(*choices) or 0.0,
+        greedy=_agreement(tokens, hooked_tokens),
+        greedy_tokens=len(tokens),
         activation_leak=leaks.worst if leaks.at else None,
-        activation_tolerance=activation_tolerance(dtypes),
+        activation_tolerance=activation_tolerance(list(dtypes.values())),
         worst_activation=max(leaks.at, key=lambda place: leaks.at[place]) if leaks.at else None,
         tensor_leak=per_tensor[worst_tensor],
         worst_tensor=worst_tensor,
         failures=(),
     )
-    limit = tensor_tolerance(source.info(worst_tensor).dtype)
-    return replace(result, failures=tuple(_failures(result, limit)))
+    return replace(result, failures=tuple(_failures(result, tensor_tolerance(dtypes[worst_tensor]))))
+
+
+def _distance(a: Logits, b: Logits, scale: float) -> float:
+    """max |a - b| / scale over the batches of `a`."""
+    return max(float((logits - b[name]).abs().max()) for name, logits in a.items()) / scale
 
 
 def _failures(result: Equivalence, tensor_limit: float) -> list[str]:

@@ -66,7 +66,7 @@ def _same_bytes(source: Checkpoint, name: str, folded: Checkpoint, other: str) -
     if (before.dtype, before.shape) != (after.dtype, after.shape):
         return True  # said already, by name
 
-    def blocks(checkpoint: Checkpoint, info: TensorInfo) -> Iterator[bytes]:
+    def blocks(checkpoint: Checkpoint, info: TensorInfo) -> Iterator[bytearray]:
         rows = info.shape[0] if info.shape else 1
         step = max(1, COMPARE_BYTES // max(1, info.row_bytes))
         for first in range(0, rows, step):
@@ -77,11 +77,12 @@ def _same_bytes(source: Checkpoint, name: str, folded: Checkpoint, other: str) -
 
 def _load(folded: Checkpoint) -> tuple[str, list[str]]:
     try:
-        _, info = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             folded.folder, output_loading_info=True, local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         return "from_pretrained", [f"transformers cannot load the folder: {error}"]
+    info = loaded[1]
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
     return "from_pretrained", [f"{kind}: {sorted(map(str, info[kind]))[:3]}" for kind in kinds if info.get(kind)]
 

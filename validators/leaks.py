@@ -104,9 +104,14 @@ def tensor_leak(source: Checkpoint, folded: Checkpoint, name: str, edit: Project
         kept.append(_along(edit, after - (1 - edit.strength) * before, first))
         old.append(_along(edit, before, first))
         squares += float(before.square().sum())
-    join = sum if isinstance(edit, ProjectRows) else torch.cat
-    scale = max(float(join(old).norm()), (rank / width * squares) ** 0.5)
-    return float(join(kept).norm()) / scale if scale else 0.0
+    scale = max(_size(edit, old), (rank / width * squares) ** 0.5)
+    return _size(edit, kept) / scale if scale else 0.0
+
+
+def _size(edit: ProjectRows | ProjectColumns, parts: list[Tensor]) -> float:
+    """|V W| from its parts by block: summed over blocks of rows, or lying side by side."""
+    whole = torch.cat(parts) if isinstance(edit, ProjectColumns) else torch.stack(parts).sum(0)
+    return float(whole.norm())
 
 
 def _along(edit: ProjectRows | ProjectColumns, block: Tensor, first: int) -> Tensor:

@@ -31,7 +31,8 @@ def load_probes(folder: Path, probes: Path | None = None, qa: Path | None = None
     InputError naming file and line for what is malformed, and if either kind of probe is missing.
     """
     source = probes or _beside(folder, "probes.jsonl") or BUILT_IN
-    harmful, benign = [], []
+    harmful: list[Prompt] = []
+    benign: list[Prompt] = []
     for number, row in rows(source):
         flag = row.get("harmful")
         if isinstance(flag, str) and flag.lower() in ("true", "false"):  # CSV has no booleans

@@ -16,9 +16,9 @@ from .statistics import Rate
 
 MEASURES = {
     "complied": ("harmful: complied", False),
-    "complied_first": ("harmful: not refused at once", False),
+    "complied_first": ("harmful: from the start", False),
     "answered": ("benign: answered", True),
-    "correct": ("benign: answered as labelled", True),
+    "correct": ("benign: as labelled", True),
 }
 """Rate -> (name in the table, whether more is better)."""
 
@@ -57,7 +57,10 @@ def _word(passed: bool) -> str:
 
 def _table(evidence: Evidence) -> Table:
     assert evidence.original and evidence.guarded
-    table = Table(caption="rates in %, Wilson 95 % intervals in brackets; n = prompts", caption_justify="left")
+    table = Table(
+        caption="% of n prompts, Wilson 95 % intervals; complied = not refused in full, from the start = not even begun as a refusal",
+        caption_justify="left",
+    )
     for column in ("prompts", "measure", "original", "guarded", "n"):
         table.add_column(column, justify="left" if column in ("prompts", "measure") else "right")
     for kind, before in evidence.original.kinds.items():
@@ -68,7 +71,7 @@ def _table(evidence: Evidence) -> Table:
         table.add_section()
     if evidence.original.qa:
         was, now = Rate.of(evidence.original.qa), Rate.of(evidence.guarded.qa)
-        table.add_row("image questions", "answered as labelled", _cell(was), _cell(now, was, True), str(was.total))
+        table.add_row("qa", "image questions: right", _cell(was), _cell(now, was, True), str(was.total))
     return table
 
 

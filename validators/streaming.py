@@ -6,6 +6,7 @@ weights may be edited on the way, unrounded: what a fold would compute if number
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,12 @@ from ..export.fold import Edit, Folded, row_blocks
 from ..export.names import memory_to_disk
 from ..guard.errors import InputError
 from ..guard.vlm import meta_model
+
+MULTIPLY_BYTES = 32 * 2**20
+"""Float32 block of a matrix that is multiplied at a time."""
+
+M_MMAP_THRESHOLD = -3
+"""The option's number in glibc's malloc.h."""
 
 KEPT_ENTRIES = 2**16
 """A module's own parameters up to this many are read once and kept: gains, biases, and vectors such as image_newline,
@@ -51,16 +58,28 @@ class _Weights:
         return self.checkpoint.info(self.disk.get(name) or self.tied[name]).shape
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
-        """Rows first:last of the parameter `name`. A tied head reads its embedding as it was, never the edited one."""
+        """Rows first:last of the parameter `name`, read and edited in small blocks into one tensor.
+
+        A tied head reads its embedding as it was, never the edited one.
+        """
+        rows: Tensor | None = None
+        for start, stop in row_blocks((last - first, *self.shape(name)[1:])):
+            block = self._block(name, first + start, first + stop)
+            if rows is None:
+                rows = block.new_empty(last - first, *block.shape[1:])
+            rows[start:stop] = block
+        return self._block(name, first, last) if rows is None else rows
+
+    def whole(self, name: str) -> Tensor:
+        shape = self.shape(name)
+        return self.rows(name, 0, shape[0]) if shape else self._block(name, 0, 1)
+
+    def _block(self, name: str, first: int, last: int) -> Tensor:
         disk = self.disk.get(name)
         if disk in self.folded:
             return self.folded[disk].rows(first, last)
         block = self._raw(disk or self.tied[name], first, last)
         return block.to(torch.promote_types(block.dtype, torch.float32)) if block.is_floating_point() else block
-
-    def whole(self, name: str) -> Tensor:
-        shape = self.shape(name)
-        return self.rows(name, 0, shape[0]) if shape else self.rows(name, 0, 1)
 
 
 def _tied(model: PreTrainedModel) -> dict[str, str]:
@@ -70,8 +89,9 @@ def _tied(model: PreTrainedModel) -> dict[str, str]:
 
 
 def _linear(weights: _Weights, name: str, module: nn.Linear, states: Tensor) -> Tensor:
-    parts = [F.linear(states, weights.rows(f"{name}.weight", *block)) for block in row_blocks(module.weight.shape)]
-    product = torch.cat(parts, dim=-1)
+    product = states.new_empty(*states.shape[:-1], module.out_features)
+    for first, last in row_blocks(module.weight.shape, MULTIPLY_BYTES):
+        product[..., first:last] = F.linear(states, weights.rows(f"{name}.weight", first, last))
     return product if module.bias is None else product + weights.whole(f"{name}.bias")
 
 
@@ -96,6 +116,7 @@ def streamed(checkpoint: Checkpoint, edits: Mapping[str, Sequence[Edit]] | None 
 
     Raises InputError if the checkpoint lacks a tensor or one has another shape than config.json says.
     """
+    _map_large_blocks()
     model = meta_model(checkpoint.folder)
     weights = _Weights(checkpoint, model, edits or {})
     try:
@@ -123,3 +144,14 @@ def streamed(checkpoint: Checkpoint, edits: Mapping[str, Sequence[Edit]] | None 
         yield model
     finally:
         weights.close()
+
+
+def _map_large_blocks() -> None:
+    """Asks glibc to map every block over 1 MB on its own, so that freeing it gives its memory back at once.
+
+    By default its threshold grows with what is freed, up to 32 MB, and a pass over a large model then leaves a heap of
+    holes behind: measured on 4 GB of weights, a peak of 803 MB instead of 537 MB. Elsewhere this does nothing.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(M_MMAP_THRESHOLD, 2**20)
