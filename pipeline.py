@@ -136,7 +136,7 @@ def export_guarded(
     target = Path(output) if output else Path(f"{name.rpartition('/')[2]}-guarded")
     with staging(target, overwrite) as stage:
         guard = extract_guard(model, options)
-        edits = fold(guard, family, {writer.disk: checkpoint.info(writer.disk).shape for writer in family.writers})
+        edits = fold(guard, family, checkpoint.shapes)
         with _writing(checkpoint) as advance:
             rewrite(checkpoint, family, edits, stage, advance)
         copy_companions(folder, stage)
@@ -164,7 +164,7 @@ def check_guarded(
     checkpoint = Checkpoint.open(origin)
     family = family_of(checkpoint)
     guard = Guard.load(folder / GUARD_FILE)
-    edits = fold(guard, family, {writer.disk: checkpoint.info(writer.disk).shape for writer in family.writers})
+    edits = fold(guard, family, checkpoint.shapes)
     asked = None if skip_behaviour else load_probes(origin, probes, qa)
     return examine(checkpoint, Checkpoint.open(folder), family, guard, edits, asked)
 

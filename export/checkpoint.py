@@ -108,6 +108,11 @@ class Checkpoint:
         return {info.name: (shard, info) for shard in self.shards for info in shard.tensors.values()}
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor's name -> shape."""
+        return {name: info.shape for name, (_, info) in self.tensors.items()}
+
+    @property
     def data_bytes(self) -> int:
         return sum(info.end - info.begin for _, info in self.tensors.values())
 

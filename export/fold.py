@@ -1,122 +1,96 @@
-"""Interventions as edits of tensors. Pure: numbers in, numbers out; no files, no models.
-
-An edit works in blocks of rows (slices along the first axis), so that a tensor of any size passes through little
-memory: first `observe` sees every block, then `apply` turns each into what takes its place.
-"""
+"""A guard as edits of a checkpoint: which tensors change, and how. No files, no models, no weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import copy
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ..guard.errors import InputError
-from ..guard.guard import Guard, Intervention, SharedProjection, SublayerProjection
+from ..guard.guard import Guard, Intervention
+from ..guard.interventions import NEURONS, Gate, SharedProjection, SublayerProjection
+from .edits import Edit, ProjectColumns, ProjectRows, SetColumns, SetRows
 from .writers import Family, Writer
 
-BLOCK_BYTES = 4 * 2**20
-"""Size of a float32 block of rows: large enough to amortise a read, small enough to stay in the cache."""
+Placement = Literal["recycle", "widen"]
+PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
+WIDEN_BY = 256
+"""A widened MLP grows by this many neurons, so that what was divisible by 256 stays so; all but the gate's are zero."""
 
-
-def project_out(weight: Tensor, basis: Tensor, strength: float = 1.0) -> Tensor:
-    """What `weight` writes, without its component in span(basis): W - strength V^T (V W).
-
-    weight: [d, ...], rows indexed by the residual stream.  basis: V, [m, d], orthonormal rows.
-    Returns [d, ...] in float32 or better.  Source: weight orthogonalisation, Arditi et al. 2024.
-    """
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    basis = basis.to(weight)
-    return weight - strength * torch.tensordot(basis.T, torch.tensordot(basis, weight, 1), 1)
-
-
-class Edit(Protocol):
-    """One change of one tensor, block by block."""
-
-    two_pass: bool
-    """Whether `observe` must see every block before `apply` may be called."""
-
-    def observe(self, block: Tensor, first: int) -> None:
-        """Takes note of rows first, first + 1, ... of the tensor, float32 or better."""
-
-    def apply(self, block: Tensor, first: int) -> Tensor:
-        """What takes the place of these rows, same shape."""
-
-
-@dataclass
-class ProjectRows:
-    """W - strength V^T (V W) for W [d, ...], rows indexed by the residual stream: o_proj, down_proj, biases."""
-
-    basis: Tensor
-    strength: float
-    two_pass = True
-    component: Tensor | None = None
-    """V W, summed up over the blocks seen so far, [m, ...]."""
-
-    def observe(self, block: Tensor, first: int) -> None:
-        part = torch.tensordot(self.basis[:, first : first + len(block)].to(block), block, 1)
-        self.component = part if self.component is None else self.component + part
-
-    def apply(self, block: Tensor, first: int) -> Tensor:
-        assert self.component is not None, "apply before observe"
-        rows = self.basis[:, first : first + len(block)].to(block)
-        return block - self.strength * torch.tensordot(rows.T, self.component, 1)
-
-
-@dataclass
-class ProjectColumns:
-    """W - strength (W V^T) V for W [..., d], columns indexed by the residual stream: embedding tables."""
-
-    basis: Tensor
-    strength: float
-    two_pass = False
-
-    def observe(self, block: Tensor, first: int) -> None:
-        """Nothing: each row is projected on its own."""
-
-    def apply(self, block: Tensor, first: int) -> Tensor:
-        basis = self.basis.to(block)
-        return block - self.strength * (block @ basis.T) @ basis
-
-
-def _project(writer: Writer, shape: Sequence[int], basis: Tensor, strength: float) -> Edit:
-    if writer.axis == 0:
-        return ProjectRows(basis, strength)
-    if writer.axis == len(shape) - 1:
-        return ProjectColumns(basis, strength)
-    raise InputError(f"{writer.disk}: cannot fold along axis {writer.axis} of {list(shape)}")
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Fold:
     """A guard as edits of a checkpoint.
 
-    edits: tensor's name on disk -> its edits, in the guard's order.  untie: whether the head must become a tensor of
-    its own (a copy of the embedding as it was), because the embedding is edited and the head must not be.
+    edits: tensor's name on disk -> its edits, in the guard's order.
+    untie: whether the head must become a tensor of its own, a copy of the embedding as it was before its edits.
+    grown: tensor -> the shape it gets, padded with zeros.
+    new: tensor (zeros before its edits, its shape in `grown`) -> the tensor whose dtype and shard it takes.
+    text_config: what changes in the text model's config.
     """
 
     edits: Mapping[str, Sequence[Edit]]
-    untie: bool
+    untie: bool = False
+    grown: Mapping[str, Shape] = field(default_factory=dict)
+    new: Mapping[str, str] = field(default_factory=dict)
+    text_config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def changed(self) -> set[str]:
+        """Names of all tensors that are not copied byte by byte."""
+        return {*self.edits, *self.grown}
 
 
-def fold(guard: Guard, family: Family, shapes: Mapping[str, Sequence[int]]) -> Fold:
+def fold(guard: Guard, family: Family, shapes: Mapping[str, Shape]) -> Fold:
     """The edits that make `family`'s checkpoint equal to the model with `guard`'s hooks attached.
 
     shapes: tensor's name on disk -> shape.  Raises InputError if an intervention does not fit the model or cannot be
     held by weights.
     """
     guard.check_fits(family.layers, family.width)
+    widened = _widen(guard, family, shapes)
     edits: dict[str, list[Edit]] = {}
     for each in guard.interventions:
-        for name, edit in _edits(each, family, shapes):
+        for name, edit in _edits(each, family, {**shapes, **widened.grown}):
             edits.setdefault(name, []).append(edit)
-    return Fold(edits, untie=family.tied and family.embedding in edits)
+    untie = family.tied and family.embedding in edits
+    return Fold(edits, untie, widened.grown, widened.new, widened.text_config)
 
 
-def _edits(each: Intervention, family: Family, shapes: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, Edit]]:
+def _widen(guard: Guard, family: Family, shapes: Mapping[str, Shape]) -> Fold:
+    """What grows, and by how much, if a gate of `guard` recycles no neurons; nothing else."""
+    gates = [each for each in guard.interventions if isinstance(each, Gate) and not each.recycled]
+    if not gates:
+        return Fold({})
+    if len(family.mlps) != family.layers:
+        raise InputError(
+            f"{family.text_model_type}: not every layer has a dense MLP, so they cannot be widened; recycle"
+        )
+    neurons = shapes[family.mlps[0].down][1] + WIDEN_BY
+    grown: dict[str, Shape] = {}
+    new: dict[str, str] = {}
+    config: dict[str, Any] = {"intermediate_size": neurons}
+    for mlp in family.mlps.values():
+        grown[mlp.down] = (shapes[mlp.down][0], neurons)
+        for name in mlp.reading:
+            grown[name] = (neurons, shapes[name][1])
+            if mlp.bias_of(name) in shapes:
+                grown[mlp.bias_of(name)] = (neurons,)
+        if family.bias_flag and any(gate.unit is None for gate in gates):
+            for name in (*mlp.reading, mlp.down):
+                if mlp.bias_of(name) not in shapes:
+                    grown[mlp.bias_of(name)] = (grown[name][0],)
+                    new[mlp.bias_of(name)] = name
+            config[family.bias_flag] = True
+    return Fold({}, grown=grown, new=new, text_config=config)
+
+
+def _edits(each: Intervention, family: Family, shapes: Mapping[str, Shape]) -> Iterator[tuple[str, Edit]]:
     """(tensor's name on disk, edit) for every tensor that `each` changes."""
     if isinstance(each, SublayerProjection):
         for writer in family.writers:
@@ -130,36 +104,62 @@ def _edits(each: Intervention, family: Family, shapes: Mapping[str, Sequence[int
             )
         for writer in family.writers:
             yield writer.disk, _project(writer, shapes[writer.disk], each.basis, each.strength)
+    elif isinstance(each, Gate):
+        yield from _gate_edits(each, family, shapes)
     else:
         raise InputError(f"{each.kind}: weights cannot hold it; it runs with hooks only")
 
 
-def row_blocks(shape: Sequence[int], size: int = BLOCK_BYTES) -> list[tuple[int, int]]:
-    """(first, last) of blocks of rows that take about `size` bytes each in float32."""
-    row_bytes = 4 * max(1, torch.Size(shape[1:]).numel())
-    step = max(1, size // row_bytes)
-    return [(first, min(first + step, shape[0])) for first in range(0, shape[0], step)]
+def _project(writer: Writer, shape: Shape, basis: Tensor, strength: float) -> Edit:
+    if writer.axis == 0:
+        return ProjectRows(basis, strength)
+    if writer.axis == len(shape) - 1:
+        return ProjectColumns(basis, strength)
+    raise InputError(f"{writer.disk}: cannot fold along axis {writer.axis} of {list(shape)}")
 
 
-class Folded:
-    """One tensor with its edits applied, read by rows, unrounded. The edits it is given are left as they are.
+@dataclass(frozen=True)
+class GateNeurons:
+    """The two neurons of a gate, opening at t0 and closing at t1: [2, d] and [2], rows in that order.
 
-    read: (first, last) -> those rows of the tensor, in its own dtype.
+    gate, gate_bias: beta (u - t k) and 0, or beta u and -beta t where the MLP has biases.  up, up_bias: k / beta and 0,
+    or 0 and 1 / beta.  down: [2, d], what each writes, +-c / (t1 - t0) (times 1 / beta in a plain MLP: no up).
     """
 
-    def __init__(self, read: Callable[[int, int], Tensor], shape: Sequence[int], edits: Sequence[Edit]) -> None:
-        self._read = read
-        self._edits: list[Edit] = []
-        for edit in map(copy, edits):
-            if edit.two_pass:
-                for first, last in row_blocks(shape):
-                    edit.observe(self.rows(first, last), first)
-            self._edits.append(edit)
+    gate: Tensor
+    gate_bias: Tensor
+    up: Tensor
+    up_bias: Tensor
+    down: Tensor
 
-    def rows(self, first: int, last: int) -> Tensor:
-        """Rows first:last after all edits, float32 or better."""
-        block = self._read(first, last)
-        block = block.to(torch.promote_types(block.dtype, torch.float32))
-        for edit in self._edits:
-            block = edit.apply(block, first)
-        return block
+    @classmethod
+    def of(cls, gate: Gate, gated: bool) -> GateNeurons:
+        t = torch.tensor([gate.t0, gate.t1])
+        u = gate.detector.expand(NEURONS, -1)
+        zero, sign = torch.zeros_like(u), torch.tensor([[1.0], [-1.0]])
+        down = sign * gate.column / (gate.t1 - gate.t0) / (1.0 if gated else gate.beta)
+        if gate.unit is None:
+            return cls(gate.beta * u, -gate.beta * t, zero, torch.full((NEURONS,), 1 / gate.beta), down)
+        k = gate.unit.expand(NEURONS, -1)
+        return cls(gate.beta * (u - t[:, None] * k), torch.zeros(NEURONS), k / gate.beta, torch.zeros(NEURONS), down)
+
+
+def _gate_edits(gate: Gate, family: Family, shapes: Mapping[str, Shape]) -> Iterator[tuple[str, Edit]]:
+    if gate.layer not in family.mlps:
+        raise InputError(f"{family.model_type}: layer {gate.layer} has no dense MLP; a gate cannot be folded there")
+    mlp = family.mlps[gate.layer]
+    if gate.unit is None and mlp.bias_of(mlp.gate) not in shapes:
+        raise InputError(f"{mlp.gate}: has no bias, which this gate needs; use its bias-free form")
+    count = shapes[mlp.down][1]
+    places = gate.recycled or tuple(range(count - WIDEN_BY, count - WIDEN_BY + NEURONS))
+    if max(places) >= count:
+        raise InputError(f"{mlp.down}: neuron {max(places)} is out of range; the MLP has {count}")
+    neurons = GateNeurons.of(gate, mlp.up is not None)
+    yield mlp.gate, SetRows(dict(zip(places, neurons.gate, strict=True)))
+    yield mlp.down, SetColumns(dict(zip(places, neurons.down, strict=True)))
+    if mlp.bias_of(mlp.gate) in shapes:
+        yield mlp.bias_of(mlp.gate), SetRows(dict(zip(places, neurons.gate_bias, strict=True)))
+    if mlp.up is not None:
+        yield mlp.up, SetRows(dict(zip(places, neurons.up, strict=True)))
+        if mlp.bias_of(mlp.up) in shapes:
+            yield mlp.bias_of(mlp.up), SetRows(dict(zip(places, neurons.up_bias, strict=True)))

@@ -7,12 +7,14 @@ held whole, so memory does not grow with the model.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import struct
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,8 @@ import torch
 
 from ..guard.errors import InputError
 from .checkpoint import DTYPES, INDEX_FILE, Checkpoint, Shard, TensorInfo, open_regular, read_rows
-from .fold import Edit, Fold, Folded, row_blocks
+from .edits import Edit, Folded, row_blocks
+from .fold import Fold
 from .writers import Family
 
 COPY_BYTES = 64 * 2**20
@@ -91,95 +94,117 @@ def rewrite(checkpoint: Checkpoint, family: Family, fold: Fold, target: Path, ad
 
     Raises InputError if an edited tensor is not finite or a file changes while it is read; OSError as the disk does.
     """
-    added = {family.embedding: family.untied_head} if fold.untie else {}
+    added: dict[str, str] = {}
+    sizes = 0
     for shard in checkpoint.shards:
-        _write_shard(checkpoint.folder, shard, fold.edits, added, target / shard.path.name, advance)
+        outputs = list(_outputs(shard, family, fold))
+        _write_shard(checkpoint.folder, shard, outputs, target / shard.path.name, advance)
+        added |= {each.info.name: shard.path.name for each in outputs if each.info.name not in shard.tensors}
+        sizes += sum(each.info.end - each.info.begin for each in outputs)
     if checkpoint.index is not None:
-        _write_json(target / INDEX_FILE, _new_index(checkpoint, added))
-    _write_json(target / "config.json", _untied(checkpoint.config) if fold.untie else checkpoint.config)
+        _write_json(target / INDEX_FILE, _new_index(checkpoint.index, added, sizes))
+    _write_json(target / "config.json", _new_config(checkpoint.config, fold))
 
 
 def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _untied(config: Mapping[str, object]) -> dict[str, object]:
-    text = config.get("text_config")
-    changed = {**config, "tie_word_embeddings": False}
-    if isinstance(text, dict):
-        changed["text_config"] = {**text, "tie_word_embeddings": False}
+def _new_config(config: Mapping[str, Any], fold: Fold) -> Mapping[str, Any]:
+    text = {**fold.text_config, **({"tie_word_embeddings": False} if fold.untie else {})}
+    if not text:
+        return config
+    changed = {**config, "text_config": {**config.get("text_config", {}), **text}}
+    return {**changed, "tie_word_embeddings": False} if fold.untie else changed
+
+
+def _new_index(index: Mapping[str, Any], added: Mapping[str, str], size: int) -> dict[str, Any]:
+    changed = {**index, "weight_map": {**index["weight_map"], **added}}
+    if isinstance(index.get("metadata"), dict) and "total_size" in index["metadata"]:
+        changed["metadata"] = {**index["metadata"], "total_size": size}
     return changed
 
 
-def _new_index(checkpoint: Checkpoint, added: Mapping[str, str]) -> dict[str, object]:
-    assert checkpoint.index is not None
-    index = {**checkpoint.index, "weight_map": dict(checkpoint.index["weight_map"])}
-    for source, name in added.items():
-        shard, info = checkpoint.tensors[source]
-        index["weight_map"][name] = shard.path.name
-        if isinstance(index.get("metadata"), dict) and "total_size" in index["metadata"]:
-            total = index["metadata"]["total_size"] + info.end - info.begin
-            index["metadata"] = {**index["metadata"], "total_size": total}
-    return index
+@dataclass(frozen=True)
+class _Output:
+    """A tensor to be written: what it will be, what it is read from (None: zeros), its edits (None: a plain copy)."""
+
+    info: TensorInfo
+    source: TensorInfo | None
+    edits: Sequence[Edit] | None
 
 
-def _write_shard(
-    folder: Path,
-    shard: Shard,
-    edits: Mapping[str, Sequence[Edit]],
-    added: Mapping[str, str],
-    to: Path,
-    advance: Advance,
-) -> None:
-    copies = {name: shard.tensors[source] for source, name in added.items() if source in shard.tensors}
-    header = _extended_header(shard, copies) if copies else shard.header
+def _outputs(shard: Shard, family: Family, fold: Fold) -> Iterator[_Output]:
+    """The tensors of the new shard in the order of their data: those there were, then those the fold adds."""
+    reached = 0
+
+    def placed(name: str, like: TensorInfo, shape: Sequence[int]) -> TensorInfo:
+        nonlocal reached
+        begin, reached = reached, reached + math.prod(shape) * DTYPES[like.dtype].itemsize
+        return TensorInfo(name, like.dtype, tuple(shape), begin, reached)
+
+    for info in shard.tensors.values():
+        edits = fold.edits.get(info.name, ()) if info.name in fold.changed else None
+        yield _Output(placed(info.name, info, fold.grown.get(info.name, info.shape)), info, edits)
+    if fold.untie and family.embedding in shard.tensors:
+        embedding = shard.tensors[family.embedding]
+        yield _Output(placed(family.untied_head, embedding, embedding.shape), embedding, None)
+    for name, like in fold.new.items():
+        if like in shard.tensors:
+            yield _Output(placed(name, shard.tensors[like], fold.grown[name]), None, fold.edits.get(name, ()))
+
+
+def _write_shard(folder: Path, shard: Shard, outputs: Sequence[_Output], to: Path, advance: Advance) -> None:
+    same = all(each.info == each.source for each in outputs)
+    header = shard.header if same else _new_header(shard, outputs)
+    start = 8 + len(header)
     source = open_regular(folder, shard.path.name)
     target = os.open(to, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
-        start = 8 + len(header)
-        reached = start + max((info.end for info in shard.tensors.values()), default=0)
-        os.posix_fallocate(target, 0, reached + sum(info.end - info.begin for info in copies.values()))
+        os.posix_fallocate(target, 0, start + max((each.info.end for each in outputs), default=0))
         _write_exactly(target, struct.pack("<Q", len(header)) + header, 0)
-        for infos in _runs(shard, edits):
-            if infos[0].name in edits:
-                _write_edited(source, target, shard, infos[0], edits[infos[0].name], start)
-            else:
-                _copy(source, target, shard, infos[0].begin, infos[-1].end, start + infos[0].begin)
-            advance(infos[-1].end - infos[0].begin)
-        for info in copies.values():
-            _copy(source, target, shard, info.begin, info.end, reached)
-            reached += info.end - info.begin
+        for run in _runs(outputs):
+            first, last = run[0], run[-1]
+            if first.edits is not None:
+                _write_edited(source, target, shard, first, start)
+            elif first.source and last.source:
+                _copy(source, target, shard, first.source.begin, last.source.end, start + first.info.begin)
+            advance(last.info.end - first.info.begin)
     finally:
         os.close(source)
         os.close(target)
 
 
-def _extended_header(shard: Shard, copies: Mapping[str, TensorInfo]) -> bytes:
-    header = json.loads(shard.header)
-    reached = max(info.end for info in shard.tensors.values())
-    for name, info in copies.items():
-        size = info.end - info.begin
-        offsets = [reached, reached + size]
-        header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": offsets}
-        reached += size
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+def _new_header(shard: Shard, outputs: Sequence[_Output]) -> bytes:
+    entries = {
+        each.info.name: {
+            "dtype": each.info.dtype,
+            "shape": list(each.info.shape),
+            "data_offsets": [each.info.begin, each.info.end],
+        }
+        for each in outputs
+    }
+    table = {"__metadata__": shard.metadata, **entries} if shard.metadata else entries
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     return text + b" " * (-len(text) % 8)
 
 
-def _runs(shard: Shard, edits: Mapping[str, Sequence[Edit]]) -> Iterator[list[TensorInfo]]:
-    """The shard's tensors in the order of their data: each edited one alone, neighbours that are copied together."""
-    run: list[TensorInfo] = []
-    for info in shard.tensors.values():
-        if info.name in edits or (run and info.end - run[0].begin > COPY_BYTES):
-            if run:
-                yield run
+def _runs(outputs: Sequence[_Output]) -> Iterator[list[_Output]]:
+    """The outputs in order: each edited one alone, copies that are neighbours before and after together."""
+    run: list[_Output] = []
+    for each in outputs:
+        if run and not (_adjoin(run[-1], each) and each.info.end - run[0].info.begin <= COPY_BYTES):
+            yield run
             run = []
-        if info.name in edits:
-            yield [info]
-        else:
-            run.append(info)
+        run.append(each)
     if run:
         yield run
+
+
+def _adjoin(one: _Output, next_: _Output) -> bool:
+    if one.edits is not None or next_.edits is not None or one.source is None or next_.source is None:
+        return False
+    return one.source.end == next_.source.begin
 
 
 def _copy(source: int, target: int, shard: Shard, begin: int, end: int, to: int) -> None:
@@ -204,18 +229,19 @@ def _write_exactly(target: int, data: Any, offset: int) -> int:
     return done
 
 
-def _write_edited(source: int, target: int, shard: Shard, info: TensorInfo, edits: Sequence[Edit], start: int) -> None:
+def _write_edited(source: int, target: int, shard: Shard, output: _Output, start: int) -> None:
     """Streams one tensor through its edits, rounding to its own dtype (to nearest) at the end."""
-    folded = Folded(partial(read_rows, source, shard, info), info.shape, edits)
+    info, had = output.info, output.source.shape if output.source else (0, *output.info.shape[1:])
+    read = partial(read_rows, source, shard, output.source or info)
+    folded = Folded(read, had, output.edits or (), info.shape)
     for first, last in row_blocks(info.shape):
         rounded = folded.rows(first, last).to(DTYPES[info.dtype])
         if not torch.isfinite(rounded).all():
             raise InputError(
                 f"{shard.path}: tensor {info.name!r} has NaN or Inf (or overflows {info.dtype} when folded)"
             )
-        _write_exactly(
-            target, rounded.contiguous().view(torch.uint8).numpy(), start + info.begin + first * info.row_bytes
-        )
+        data = rounded.contiguous().view(torch.uint8).numpy()
+        _write_exactly(target, data, start + info.begin + first * info.row_bytes)
 
 
 def copy_companions(source: Path, target: Path) -> None:

@@ -35,6 +35,25 @@ class Writer:
 
 
 @dataclass(frozen=True)
+class MLP:
+    """The weights of one layer's dense MLP on disk: down(act(gate x) * up x), or down(act(gate x)) where up is None."""
+
+    gate: str
+    up: str | None
+    down: str
+
+    @property
+    def reading(self) -> tuple[str, ...]:
+        """The weights that read the MLP's input, one row a neuron."""
+        return (self.gate,) if self.up is None else (self.gate, self.up)
+
+    @staticmethod
+    def bias_of(weight: str) -> str:
+        """What the bias that belongs to `weight` is called, whether the checkpoint has it or not."""
+        return weight.removesuffix(".weight") + ".bias"
+
+
+@dataclass(frozen=True)
 class Family:
     """What is known of a model before any weight is read: its writers on disk, its head, and whether it is pre-norm."""
 
@@ -44,6 +63,10 @@ class Family:
     width: int
     pre_norm: bool
     writers: tuple[Writer, ...]
+    mlps: Mapping[int, MLP]
+    """Layer -> its MLP, for the layers that have a dense one."""
+    bias_flag: str | None
+    """The text config's entry that gives every MLP biases, where the family has one."""
     embedding: str
     head: str | None
     """The head's tensor on disk; None where the checkpoint has none and the embedding serves as head (tied)."""
@@ -98,6 +121,8 @@ def family_of(checkpoint: Checkpoint) -> Family:
         width=width,
         pre_norm=text["norm"] == "pre",
         writers=tuple(found),
+        mlps=_mlps(text["mlp"], outer["text_model"] + ".", text_config.num_hidden_layers, disk),
+        bias_flag=text["mlp"].get("bias_flag", {}).get(text_type),
         embedding=embedding.disk,
         head=disk.get(head),
         untied_head=_untied_name(model, embedding.disk, head, checkpoint),
@@ -121,6 +146,18 @@ def _rows(
                     yield Writer(row["role"], layer, name, disk[name], axis)
                 elif position < needed:
                     raise InputError(f"{checkpoint.folder}: no tensor for {name}, which writes to the residual stream")
+
+
+def _mlps(row: Mapping[str, Any], prefix: str, layers: int, disk: Mapping[str, str]) -> dict[int, MLP]:
+    mlps = {}
+    for layer in range(layers):
+        names = {
+            part: prefix + row[part].format(layer=layer) + ".weight" for part in ("gate", "up", "down") if part in row
+        }
+        if all(name in disk for name in names.values()):
+            found = {part: disk[name] for part, name in names.items()}
+            mlps[layer] = MLP(found["gate"], found.get("up"), found["down"])
+    return mlps
 
 
 def _check(checkpoint: Checkpoint, writer: Writer, shapes: Mapping[str, tuple[int, ...]], width: int) -> None:

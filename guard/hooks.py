@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,8 +13,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from .errors import InputError
-from .guard import Guard, SharedProjection, SublayerProjection, TwoPass
-from .vlm import attention, decoder_layers, mlp, output_tensor, residual_readers, with_output_tensor
+from .guard import Guard
+from .interventions import Gate, SharedProjection, SublayerProjection, TwoPass
+from .vlm import attention, decoder_layers, mlp, mlp_parts, output_tensor, residual_readers, with_output_tensor
 
 TextStates = Mapping[int, Tensor]
 """layer -> h_l(q), [batch, d]: the last prompt token's states in a text-only pass (states.text_states)."""
@@ -42,6 +44,45 @@ def _shared(model: PreTrainedModel, each: SharedProjection, _text: TextStates | 
         yield norm.register_forward_pre_hook(
             lambda _module, args: (project_out(args[0], each.basis, each.strength), *args[1:])
         )
+
+
+def ramp(x: Tensor, gate: Gate, act: Callable[[Tensor], Tensor], gated: bool) -> Tensor:
+    """How far `gate` opens at MLP inputs `x` [..., d]: [...], 0 (shut) to 1 (open); float32 or better inside.
+
+    act: the MLP's activation.  gated: whether the MLP multiplies its activation with a second linear map, so that
+    without biases the ramp comes times k.x.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    score = x @ gate.detector.to(x)
+    one = torch.ones_like(score) if gate.unit is None else x @ gate.unit.to(x)
+    below, above = score - gate.t0 * one, score - gate.t1 * one
+    if math.isinf(gate.beta):
+        opened = below.relu() - above.relu()
+    else:
+        opened = (act(gate.beta * below) - act(gate.beta * above)) / gate.beta
+    return opened / (gate.t1 - gate.t0) * (one if gated else 1.0)
+
+
+def _gate(model: PreTrainedModel, each: Gate, _text: TextStates | None) -> Iterator[RemovableHandle]:
+    parts = mlp_parts(decoder_layers(model)[each.layer])
+    silenced, opened = list(each.recycled), torch.zeros(())
+
+    def read(_module: Any, args: tuple[Tensor, ...]) -> None:
+        nonlocal opened
+        opened = ramp(args[0], each, parts.act, parts.gated)
+
+    def silence(_module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        neurons = args[0].clone()
+        neurons[..., silenced] = 0
+        return (neurons, *args[1:])
+
+    def write(output: Tensor) -> Tensor:
+        return (output + opened[..., None] * each.column.to(opened)).to(output.dtype)
+
+    yield parts.gate.register_forward_pre_hook(read)
+    if silenced:
+        yield parts.down.register_forward_pre_hook(silence)
+    yield parts.output.register_forward_hook(_on_output(write))
 
 
 def _two_pass(model: PreTrainedModel, each: TwoPass, text: TextStates | None) -> Iterator[RemovableHandle]:
@@ -81,6 +122,7 @@ class _LastPromptToken:
 _INSTALL: dict[type, Callable[..., Iterator[RemovableHandle]]] = {
     SublayerProjection: _sublayers,
     SharedProjection: _shared,
+    Gate: _gate,
     TwoPass: _two_pass,
 }
 

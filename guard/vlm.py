@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -28,7 +29,11 @@ DOWNLOADED = ["*.safetensors", "*.json", "*.jsonl", "*.jinja", "*.model", "*.txt
 """What a hub repository is asked for: safetensors, configs, tokenizer, processor, prompt files. No pickles."""
 
 ATTENTION_NAMES = ("self_attn", "cross_attn", "linear_attn", "attention")
-MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe")
+MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "fc2")
+MLP_LINEARS: tuple[tuple[str, str | None, str], ...] = (("gate_proj", "up_proj", "down_proj"), ("fc1", None, "fc2"))
+"""Attributes of a dense MLP: (gate, up, down) where it is gated, (first, None, second) where it is plain."""
+
+ACTIVATION_NAMES = ("act_fn", "activation_fn")
 FINAL_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm")
 MAX_CONFIG_BYTES = 16 * 2**20
 
@@ -193,8 +198,40 @@ def attention(layer: nn.Module) -> nn.Module:
 
 
 def mlp(layer: nn.Module) -> nn.Module:
-    """The MLP of a decoder layer: its (first) output is what the MLP writes to the residual stream."""
+    """The MLP of a decoder layer (in OPT, its second linear): its (first) output goes to the residual stream."""
     return _child(layer, MLP_NAMES)
+
+
+@dataclass(frozen=True)
+class MLPParts:
+    """A dense MLP taken apart: down(act(gate x) * up x) if it is gated, else down(act(gate x)); `up` is then None."""
+
+    output: nn.Module
+    """What returns the MLP's output: the module `mlp` gives."""
+    gate: nn.Linear
+    up: nn.Linear | None
+    down: nn.Linear
+    act: Callable[[Tensor], Tensor]
+
+    @property
+    def gated(self) -> bool:
+        return self.up is not None
+
+    @property
+    def biased(self) -> bool:
+        """Whether its neurons have biases, which a gate's thresholds need (else they take its bias-free form)."""
+        return self.gate.bias is not None and (self.up is None or self.up.bias is not None)
+
+
+def mlp_parts(layer: nn.Module) -> MLPParts:
+    """The dense MLP of a decoder layer by role. InputError where the layer has experts instead, or another shape."""
+    for module in (*(getattr(layer, name, None) for name in MLP_NAMES), layer):  # OPT keeps its linears in the layer
+        for gate, up, down in MLP_LINEARS:
+            if all(isinstance(getattr(module, name, None), nn.Linear) for name in (gate, down)):
+                act = getattr(module, next(name for name in ACTIVATION_NAMES if hasattr(module, name)))
+                linears = (getattr(module, gate), getattr(module, up) if up else None, getattr(module, down))
+                return MLPParts(mlp(layer), *linears, act)
+    raise InputError(f"{type(layer).__name__} has no dense MLP of a known shape; a gate cannot be folded there")
 
 
 def final_norm(model: PreTrainedModel) -> nn.Module:

@@ -67,7 +67,7 @@ def test_pictures_open_and_are_shared_by_no_two_files() -> None:
     qa, benign = ({row.get("image") for row in read_rows(DEMO / name)} for name in ("qa.jsonl", "benign.jsonl"))
     assert not qa & benign
     assert qa | benign - {None} == {f"images/{path.name}" for path in (DEMO / "images").iterdir()}
-    for image in qa | benign - {None}:
+    for image in map(str, qa | benign - {None}):
         assert Image.open(DEMO / image).size == (24, 24)
 
 

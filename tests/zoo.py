@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -106,12 +107,7 @@ class Tiny:
     def save(self, folder: Path, *, max_shard_size: str = "5GB", legacy: bool = True, processor: bool = True) -> Path:
         """Writes model and processor; `legacy` keeps the hub's key style, else names on disk are those in memory."""
         model = self.model().to(self.dtype)
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
-        if not legacy:
-            names = {k: v for k, v in model.state_dict().items() if not (self.tied and k == "lm_head.weight")}
-            for path in folder.glob("*.safetensors*"):
-                path.unlink()
-            save_file({k: v.contiguous() for k, v in names.items()}, folder / "model.safetensors", {"format": "pt"})
+        model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=legacy)
         if processor:
             self.processor().save_pretrained(folder)
         return folder
@@ -135,8 +131,9 @@ class Tiny:
                 size=size, crop_size=crop, image_grid_pinpoints=self.config().image_grid_pinpoints
             )
             return LlavaNextProcessor(images, tokenizer, num_additional_image_tokens=1, **common)
-        images = CLIPImageProcessorPil(size=size, crop_size=crop)
-        return LlavaProcessor(images, tokenizer, num_additional_image_tokens=1, **common)
+        return LlavaProcessor(
+            CLIPImageProcessorPil(size=size, crop_size=crop), tokenizer, num_additional_image_tokens=1, **common
+        )
 
 
 FAMILIES = ("llava", "llava_next", "vipllava")
@@ -167,6 +164,28 @@ def variations() -> list[Tiny]:
     ]
 
 
+def corners() -> list[Tiny]:
+    """What variations() draws too seldom: multi-query attention, every bias at once, tied heads, no projector bias."""
+    return [
+        Tiny("llava", "llama", kv_heads=1, tied=True, bias=True, seed=21),
+        Tiny("llava_next", "llama", kv_heads=4, bias=True, projector_bias=False, seed=22),
+        Tiny("vipllava", "llama", kv_heads=1, tied=True, bias=True, projector_bias=True, seed=23),
+    ]
+
+
+def name_of(tiny: Tiny) -> str:
+    """A test's name for a model."""
+    flags = "tied" * tiny.tied, "biased" * tiny.bias, "flat" * (not tiny.projector_bias)
+    return "-".join(part for part in (tiny.family, tiny.text, f"kv{tiny.kv_heads}", *flags) if part)
+
+
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a saved model by its name on disk."""
     return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Rewrites a single-file checkpoint after `change` has changed the dictionary of its tensors."""
+    held = tensors(folder)
+    change(held)
+    save_file({name: each.contiguous() for name, each in held.items()}, folder / "model.safetensors", {"format": "pt"})

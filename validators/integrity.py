@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from transformers import AutoModelForImageTextToText
 
 from ..export.checkpoint import Checkpoint, TensorInfo
+from ..export.edits import Folded, row_blocks
 from ..export.fold import Fold
 from ..export.names import Renaming
 from ..export.writers import Family
@@ -40,25 +43,39 @@ class Integrity:
 
 def inspect_folder(source: Checkpoint, folded: Checkpoint, family: Family, fold: Fold) -> Integrity:
     """`folded` against `source`, of which `fold` edits some tensors. Raises InputError if a file cannot be read."""
-    added = (family.untied_head,) if fold.untie else ()
-    failures = list(_table_failures(source, folded, added))
-    copies = {name: name for name in source.tensors if name not in fold.edits} | dict.fromkeys(added, family.embedding)
-    for name, origin in track(list(copies.items()), "integrity"):
+    expected = {name: (info.dtype, fold.grown.get(name, info.shape)) for name, (_, info) in source.tensors.items()}
+    copies = {name: name for name in source.tensors if name not in fold.changed}
+    added = dict.fromkeys([family.untied_head] if fold.untie else [], family.embedding)
+    expected |= {name: expected[origin] for name, origin in added.items()}
+    expected |= {name: (source.info(like).dtype, fold.grown[name]) for name, like in fold.new.items()}
+    failures = list(_table_failures(expected, folded))
+    for name, origin in track([*copies.items(), *added.items()], "integrity"):
         if name in folded.tensors and not _same_bytes(source, origin, folded, name):
             failures.append(f"{name} should be untouched but differs")
+    for name in sorted(set(fold.grown) - set(fold.edits) - set(fold.new)):
+        if not failures and not _only_padded(source, folded, name):
+            failures.append(f"{name} should only have grown by zeros but differs")
     how, problems = _load(folded) if folded.data_bytes <= LOAD_BELOW_BYTES else _match_names(folded)
-    return Integrity(len(copies) - len(added), len(fold.edits), added, how, (*failures, *problems))
+    edited = len(fold.changed - set(fold.new))
+    return Integrity(len(copies), edited, (*added, *fold.new), how, (*failures, *problems))
 
 
-def _table_failures(source: Checkpoint, folded: Checkpoint, added: tuple[str, ...]) -> Iterator[str]:
-    for name in sorted({*source.tensors, *added} - set(folded.tensors)):
+def _table_failures(expected: Mapping[str, tuple[str, tuple[int, ...]]], folded: Checkpoint) -> Iterator[str]:
+    for name in sorted(set(expected) - set(folded.tensors)):
         yield f"{name} is missing"
-    for name in sorted(set(folded.tensors) - {*source.tensors, *added}):
+    for name in sorted(set(folded.tensors) - set(expected)):
         yield f"{name} does not belong"
-    for name in sorted(set(source.tensors) & set(folded.tensors)):
-        before, after = source.info(name), folded.info(name)
-        if (before.dtype, before.shape) != (after.dtype, after.shape):
-            yield f"{name} is {after.dtype} {list(after.shape)}, was {before.dtype} {list(before.shape)}"
+    for name in sorted(set(expected) & set(folded.tensors)):
+        dtype, shape = expected[name]
+        found = folded.info(name)
+        if (dtype, shape) != (found.dtype, found.shape):
+            yield f"{name} is {found.dtype} {list(found.shape)}, should be {dtype} {list(shape)}"
+
+
+def _only_padded(source: Checkpoint, folded: Checkpoint, name: str) -> bool:
+    before, after = source.info(name), folded.info(name)
+    padded = Folded(partial(source.read, name), before.shape, (), after.shape)
+    return all(torch.equal(padded.rows(*block), folded.read(name, *block).float()) for block in row_blocks(after.shape))
 
 
 def _same_bytes(source: Checkpoint, name: str, folded: Checkpoint, other: str) -> bool:

@@ -17,10 +17,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..export.checkpoint import DTYPES, Checkpoint
-from ..export.fold import Edit, ProjectColumns, ProjectRows, row_blocks
-from ..guard.guard import Guard, SharedProjection, SublayerProjection
+from ..export.edits import Edit, ProjectColumns, ProjectRows, SetColumns, row_blocks
+from ..guard.guard import Guard
+from ..guard.interventions import Gate, SharedProjection, SublayerProjection
 from ..guard.progress import track
 from ..guard.vlm import attention, decoder_layers, final_norm, mlp, output_tensor
+
+Projecting = ProjectRows | ProjectColumns
 
 EXACT_TOLERANCE = 1e-5
 """What float32 arithmetic may leave along V, relative to the states: measured 2e-8 to 4e-7."""
@@ -67,6 +70,7 @@ def leak_probe(model: PreTrainedModel, guard: Guard) -> Iterator[Leaks]:
 
     try:
         layers = decoder_layers(model)
+        gated = {each.layer for each in guard.interventions if isinstance(each, Gate)}
         for each in guard.interventions:
             if isinstance(each, SharedProjection) and each.strength == 1:
                 for number, layer in enumerate(layers):
@@ -75,7 +79,8 @@ def leak_probe(model: PreTrainedModel, guard: Guard) -> Iterator[Leaks]:
             elif isinstance(each, SublayerProjection) and each.strength == 1:
                 for number, basis in each.bases.items():
                     watch_output(attention(layers[number]), f"attention of layer {number}", basis)
-                    watch_output(mlp(layers[number]), f"MLP of layer {number}", basis)
+                    if number not in gated:  # what a gate writes along the direction is meant to stay
+                        watch_output(mlp(layers[number]), f"MLP of layer {number}", basis)
         yield leaks
     finally:
         for handle in handles:
@@ -91,16 +96,20 @@ def activation_tolerance(dtypes: Sequence[str]) -> float:
     return max([EXACT_TOLERANCE, *(unit_roundoff(DTYPES[each]) for each in dtypes)])
 
 
-def tensor_leak(source: Checkpoint, folded: Checkpoint, name: str, edit: ProjectRows | ProjectColumns) -> float:
-    """What of V is left in tensor `name` beyond the (1 - strength) that should be, in units of what was there.
+def tensor_leak(source: Checkpoint, folded: Checkpoint, name: str, edits: Sequence[Edit], edit: Projecting) -> float:
+    """What `edit`, one of `edits`, left of V in tensor `name` beyond the (1 - strength) it should, relative to before.
 
     |V W' - (1 - strength) V W| / max(|V W|, sqrt(m / d) |W|): 1 if nothing was projected, about the unit roundoff
-    otherwise; the second term is the share that a random direction would have.  Reads both files in blocks of rows.
+    otherwise; the second term is the share that a random direction would have.  Columns that another edit replaces are
+    left out.  Reads both files in blocks of rows.
     """
     rank, width = edit.basis.shape
+    replaced = {column for other in edits if isinstance(other, SetColumns) for column in other.columns}
+    had = source.info(name).shape
+    columns = [column for column in range(had[-1]) if column not in replaced] if len(had) > 1 else ...
     kept, old, squares = [], [], 0.0
-    for first, last in row_blocks(source.info(name).shape):
-        before, after = source.read(name, first, last).double(), folded.read(name, first, last).double()
+    for first, last in row_blocks(had):
+        before, after = (each.read(name, first, last)[..., columns].double() for each in (source, folded))
         kept.append(_along(edit, after - (1 - edit.strength) * before, first))
         old.append(_along(edit, before, first))
         squares += float(before.square().sum())
@@ -108,13 +117,13 @@ def tensor_leak(source: Checkpoint, folded: Checkpoint, name: str, edit: Project
     return _size(edit, kept) / scale if scale else 0.0
 
 
-def _size(edit: ProjectRows | ProjectColumns, parts: list[Tensor]) -> float:
+def _size(edit: Projecting, parts: list[Tensor]) -> float:
     """|V W| from its parts by block: summed over blocks of rows, or lying side by side."""
     whole = torch.cat(parts) if isinstance(edit, ProjectColumns) else torch.stack(parts).sum(0)
     return float(whole.norm())
 
 
-def _along(edit: ProjectRows | ProjectColumns, block: Tensor, first: int) -> Tensor:
+def _along(edit: Projecting, block: Tensor, first: int) -> Tensor:
     basis = edit.basis.double()
     if isinstance(edit, ProjectColumns):
         return block @ basis.T
@@ -124,9 +133,9 @@ def _along(edit: ProjectRows | ProjectColumns, block: Tensor, first: int) -> Ten
 def tensor_leaks(source: Checkpoint, folded: Checkpoint, edits: Mapping[str, Sequence[Edit]]) -> dict[str, float]:
     """tensor -> tensor_leak, for every projected tensor."""
     return {
-        name: max(tensor_leak(source, folded, name, edit) for edit in projections)
+        name: max(tensor_leak(source, folded, name, edits_of, edit) for edit in projections)
         for name, edits_of in track(list(edits.items()), "leaks")
-        if (projections := [edit for edit in edits_of if isinstance(edit, ProjectRows | ProjectColumns)])
+        if (projections := [edit for edit in edits_of if isinstance(edit, Projecting)])
     }
 
 

@@ -22,6 +22,8 @@ MEASURES = {
 }
 """Rate -> (name in the table, whether more is better)."""
 
+CAPTION = "% of n prompts with Wilson 95 % intervals. Complied: not refused in full; from the start: no refusal begun."
+
 COLOURS = {"safer": "green", "not safer": "red", "undecided": "yellow"}
 
 
@@ -39,10 +41,10 @@ def _parts(evidence: Evidence) -> Iterator[RenderableType]:
     if equal:
         noise = "" if equal.noise is None else f" (rounding noise {equal.noise:.1e}, before rounding {equal.exact:.1e})"
         greedy = "" if equal.greedy is None else f", {equal.greedy:.1%} of {equal.greedy_tokens} greedy tokens equal"
-        leak = equal.tensor_leak if equal.activation_leak is None else equal.activation_leak
+        leaks = [each for each in (equal.tensor_leak, equal.activation_leak) if each is not None]
         yield Text(
             f"equivalence  {_word(equal.passed)}  fold vs hooks {equal.folded:.1e} of the logits' scale{noise}{greedy}"
-            f"; leak {leak:.1e}"
+            + (f"; leak {max(leaks):.1e}" if leaks else "")
         )
     if evidence.original and evidence.guarded:
         yield _table(evidence)
@@ -58,7 +60,7 @@ def _word(passed: bool) -> str:
 def _table(evidence: Evidence) -> Table:
     assert evidence.original and evidence.guarded
     table = Table(
-        caption="% of n prompts, Wilson 95 % intervals; complied = not refused in full, from the start = not even begun as a refusal",
+        caption=CAPTION,
         caption_justify="left",
     )
     for column in ("prompts", "measure", "original", "guarded", "n"):

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..export.checkpoint import Checkpoint, open_regular, read_rows
-from ..export.fold import Edit, Folded, row_blocks
+from ..export.edits import Folded, row_blocks
+from ..export.fold import Fold
 from ..export.names import memory_to_disk
 from ..guard.errors import InputError
 from ..guard.vlm import meta_model
@@ -37,13 +39,19 @@ which some classes use outside the module's forward."""
 class _Weights:
     """The tensors of a checkpoint by their names in memory, float32 or better, read by rows, edited on the way."""
 
-    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, edits: Mapping[str, Sequence[Edit]]) -> None:
+    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, fold: Fold) -> None:
         self.checkpoint = checkpoint
-        self.disk = memory_to_disk(model, checkpoint.tensors)
+        self.disk = memory_to_disk(model, [*checkpoint.tensors, *fold.new])
         self.tied = {name: self.disk[of] for name, of in _tied(model).items() if name not in self.disk}
         self.files = {shard.path: open_regular(checkpoint.folder, shard.path.name) for shard in checkpoint.shards}
         self.folded = {
-            name: Folded(partial(self._raw, name), checkpoint.info(name).shape, edits[name]) for name in edits
+            name: Folded(
+                partial(self._raw, name),
+                (0, *fold.grown[name][1:]) if name in fold.new else checkpoint.info(name).shape,
+                fold.edits.get(name, ()),
+                fold.grown.get(name),
+            )
+            for name in fold.changed
         }
 
     def close(self) -> None:
@@ -55,7 +63,8 @@ class _Weights:
         return read_rows(self.files[shard.path], shard, info, first, last)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self.checkpoint.info(self.disk.get(name) or self.tied[name]).shape
+        disk = self.disk.get(name)
+        return self.folded[disk].shape if disk in self.folded else self.checkpoint.info(disk or self.tied[name]).shape
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
         """Rows first:last of the parameter `name`, read and edited in small blocks into one tensor.
@@ -111,14 +120,15 @@ def _take_back(own: Mapping[str, nn.Parameter], module: nn.Module, _args: object
 
 
 @contextmanager
-def streamed(checkpoint: Checkpoint, edits: Mapping[str, Sequence[Edit]] | None = None) -> Iterator[PreTrainedModel]:
-    """The model of `checkpoint`, computing in float32 from its files, with `edits` (tensor on disk -> edits) applied.
+def streamed(checkpoint: Checkpoint, fold: Fold | None = None, config: Path | None = None) -> Iterator[PreTrainedModel]:
+    """The model of `checkpoint`, computing in float32 from its files, with `fold` applied and not rounded.
 
+    config: the folder whose config.json says what the folded model looks like, if not the checkpoint's own.
     Raises InputError if the checkpoint lacks a tensor or one has another shape than config.json says.
     """
     _map_large_blocks()
-    model = meta_model(checkpoint.folder)
-    weights = _Weights(checkpoint, model, edits or {})
+    model = meta_model(config or checkpoint.folder)
+    weights = _Weights(checkpoint, model, fold or Fold({}))
     try:
         for name, tensor in model.state_dict(keep_vars=True).items():
             if name not in weights.disk and name not in weights.tied:

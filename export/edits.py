@@ -1,0 +1,163 @@
+"""Edits of single tensors. Pure: numbers in, numbers out; no files, no models.
+
+An edit works in blocks of rows (slices along the first axis), so that a tensor of any size passes through little
+memory: first `observe` sees every block, then `apply` turns each into what takes its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+BLOCK_BYTES = 4 * 2**20
+"""Size of a float32 block of rows: large enough to amortise a read, small enough to stay in the cache."""
+
+
+def project_out(weight: Tensor, basis: Tensor, strength: float = 1.0) -> Tensor:
+    """What `weight` writes, without its component in span(basis): W - strength V^T (V W).
+
+    weight: [d, ...], rows indexed by the residual stream.  basis: V, [m, d], orthonormal rows.
+    Returns [d, ...] in float32 or better.  Source: weight orthogonalisation, Arditi et al. 2024.
+    """
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    basis = basis.to(weight)
+    return weight - strength * torch.tensordot(basis.T, torch.tensordot(basis, weight, 1), 1)
+
+
+class Edit(Protocol):
+    """One change of one tensor, block by block."""
+
+    two_pass: bool
+    """Whether `observe` must see every block before `apply` may be called."""
+
+    def observe(self, block: Tensor, first: int) -> None:
+        """Takes note of rows first, first + 1, ... of the tensor, float32 or better."""
+
+    def apply(self, block: Tensor, first: int) -> Tensor:
+        """What takes the place of these rows, same shape."""
+
+
+@dataclass
+class ProjectRows:
+    """W - strength V^T (V W) for W [d, ...], rows indexed by the residual stream: o_proj, down_proj, biases."""
+
+    basis: Tensor
+    strength: float
+    two_pass = True
+    component: Tensor | None = None
+    """V W, summed up over the blocks seen so far, [m, ...]."""
+
+    def observe(self, block: Tensor, first: int) -> None:
+        part = torch.tensordot(self.basis[:, first : first + len(block)].to(block), block, 1)
+        self.component = part if self.component is None else self.component + part
+
+    def apply(self, block: Tensor, first: int) -> Tensor:
+        assert self.component is not None, "apply before observe"
+        rows = self.basis[:, first : first + len(block)].to(block)
+        return block - self.strength * torch.tensordot(rows.T, self.component, 1)
+
+
+@dataclass
+class ProjectColumns:
+    """W - strength (W V^T) V for W [..., d], columns indexed by the residual stream: embedding tables."""
+
+    basis: Tensor
+    strength: float
+    two_pass = False
+
+    def observe(self, block: Tensor, first: int) -> None:
+        """Nothing: each row is projected on its own."""
+
+    def apply(self, block: Tensor, first: int) -> Tensor:
+        basis = self.basis.to(block)
+        return block - self.strength * (block @ basis.T) @ basis
+
+
+@dataclass(frozen=True)
+class SetRows:
+    """Puts `rows`, row number -> [...] as wide as the tensor's rows, in place of what was there."""
+
+    rows: Mapping[int, Tensor]
+    two_pass = False
+
+    def observe(self, block: Tensor, first: int) -> None:
+        """Nothing: rows are replaced whatever the others are."""
+
+    def apply(self, block: Tensor, first: int) -> Tensor:
+        block = block.clone()
+        for number, row in self.rows.items():
+            if first <= number < first + len(block):
+                block[number - first] = row.to(block)
+        return block
+
+
+@dataclass(frozen=True)
+class SetColumns:
+    """Puts `columns`, column number -> [rows], in place of what was there; W [rows, columns]."""
+
+    columns: Mapping[int, Tensor]
+    two_pass = False
+
+    def observe(self, block: Tensor, first: int) -> None:
+        """Nothing: columns are replaced whatever the others are."""
+
+    def apply(self, block: Tensor, first: int) -> Tensor:
+        block = block.clone()
+        for number, column in self.columns.items():
+            block[:, number] = column[first : first + len(block)].to(block)
+        return block
+
+
+def row_blocks(shape: Sequence[int], size: int = BLOCK_BYTES) -> list[tuple[int, int]]:
+    """(first, last) of blocks of rows that take about `size` bytes each in float32."""
+    row_bytes = 4 * max(1, torch.Size(shape[1:]).numel())
+    step = max(1, size // row_bytes)
+    return [(first, min(first + step, shape[0])) for first in range(0, shape[0], step)]
+
+
+class Folded:
+    """One tensor with its edits applied, read by rows, unrounded. The edits it is given are left as they are.
+
+    read: (first, last) -> those rows of the tensor, in its own dtype.  shape: the tensor's.  grown: the shape it is to
+    have, zeros being added at the end of each axis; default as it is.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[int, int], Tensor],
+        shape: Sequence[int],
+        edits: Sequence[Edit],
+        grown: Sequence[int] | None = None,
+    ) -> None:
+        self.shape = tuple(grown or shape)
+        self._read, self._had = read, tuple(shape)
+        self._edits: list[Edit] = []
+        for edit in map(copy, edits):
+            if edit.two_pass:
+                for first, last in row_blocks(self.shape):
+                    edit.observe(self.rows(first, last), first)
+            self._edits.append(edit)
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """Rows first:last after all edits, float32 or better."""
+        block = self._padded(first, last)
+        for edit in self._edits:
+            block = edit.apply(block, first)
+        return block
+
+    def _padded(self, first: int, last: int) -> Tensor:
+        """Rows first:last before any edit; zeros where the tensor had none."""
+        held = min(last, self._had[0]) - first
+        block = self._read(first, first + held) if held > 0 else torch.empty(0)
+        block = block.to(torch.promote_types(block.dtype, torch.float32))
+        if self.shape == self._had:
+            return block
+        padded = block.new_zeros(last - first, *self.shape[1:])
+        if held > 0:
+            padded[(slice(held), *(slice(size) for size in self._had[1:]))] = block
+        return padded

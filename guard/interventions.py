@@ -1,0 +1,234 @@
+"""Interventions: what a guard changes, as data. hooks.py says what each means, export/fold.py what it is in weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from .errors import InputError
+
+ORTHONORMAL_TOLERANCE = 1e-4
+"""Largest |V V^T - I| accepted in a guard file; float32 SVD leaves about 1e-6."""
+
+NEURONS = 2
+"""What a gate takes: one neuron that opens the ramp at t0 and one that ends it at t1."""
+
+
+def check_basis(basis: Tensor, where: str) -> Tensor:
+    """`basis` [m, d] in float32 after checking that it is finite with orthonormal rows; InputError otherwise."""
+    basis = basis.detach().to(device="cpu", dtype=torch.float32).contiguous()
+    if basis.ndim != 2 or not 0 < basis.shape[0] <= basis.shape[1]:
+        raise InputError(f"{where}: shape {list(basis.shape)} is not [m, d] with 0 < m <= d")
+    if not torch.isfinite(basis).all():
+        raise InputError(f"{where}: NaN or Inf in the basis")
+    if (basis @ basis.T - torch.eye(len(basis))).abs().max() > ORTHONORMAL_TOLERANCE:
+        raise InputError(f"{where}: rows are not orthonormal")
+    return basis
+
+
+def check_strength(strength: float, where: str) -> float:
+    """`strength` after checking that it lies in (0, 1]; InputError otherwise."""
+    if not isinstance(strength, int | float) or not 0 < strength <= 1:
+        raise InputError(f"{where}: strength {strength!r} is not in (0, 1]")
+    return float(strength)
+
+
+def check_vector(vector: Tensor, where: str) -> Tensor:
+    """`vector` [d] in float32 after checking that it is finite; InputError otherwise."""
+    vector = vector.detach().to(device="cpu", dtype=torch.float32).contiguous()
+    if vector.ndim != 1 or not torch.isfinite(vector).all():
+        raise InputError(f"{where}: not a finite vector")
+    return vector
+
+
+def _layer_number(key: str, where: str) -> int:
+    if not key.isdecimal():
+        raise InputError(f"{where}: {key!r} is not a layer number")
+    return int(key)
+
+
+@dataclass(frozen=True)
+class SublayerProjection:
+    """Removes `strength` of span(bases[l]) from what the attention and the MLP of layer l write.
+
+    bases: layer (0-indexed) -> V_l, [m, d] with orthonormal rows.  strength: in (0, 1].
+    """
+
+    kind: ClassVar[str] = "sublayer-projection"
+    bases: Mapping[int, Tensor]
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.bases:
+            raise InputError(f"{self.kind}: no layers")
+        bases = {layer: check_basis(self.bases[layer], f"{self.kind}, layer {layer}") for layer in sorted(self.bases)}
+        object.__setattr__(self, "bases", bases)
+        object.__setattr__(self, "strength", check_strength(self.strength, self.kind))
+
+    @property
+    def layers(self) -> list[int]:
+        return list(self.bases)
+
+    @property
+    def width(self) -> int:
+        return next(iter(self.bases.values())).shape[1]
+
+    def describe(self) -> dict[str, Any]:
+        """What the manifest and the guard file say of it: JSON, no tensors."""
+        ranks = {layer: len(basis) for layer, basis in self.bases.items()}
+        return {"kind": self.kind, "strength": self.strength, "ranks": ranks}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {str(layer): basis for layer, basis in self.bases.items()}
+
+    @classmethod
+    def parse(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        bases = {_layer_number(key, cls.kind): tensor for key, tensor in tensors.items()}
+        return cls(bases, header["strength"])
+
+
+@dataclass(frozen=True)
+class SharedProjection:
+    """Removes `strength` of span(basis) from the whole residual stream: from everything that any norm reads.
+
+    basis: V, [m, d] with orthonormal rows.  strength: in (0, 1].
+    """
+
+    kind: ClassVar[str] = "shared-projection"
+    basis: Tensor
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "basis", check_basis(self.basis, self.kind))
+        object.__setattr__(self, "strength", check_strength(self.strength, self.kind))
+
+    @property
+    def layers(self) -> list[int]:
+        return []
+
+    @property
+    def width(self) -> int:
+        return self.basis.shape[1]
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": self.kind, "strength": self.strength, "rank": len(self.basis)}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"basis": self.basis}
+
+    @classmethod
+    def parse(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        return cls(tensors["basis"], header["strength"])
+
+
+@dataclass(frozen=True)
+class TwoPass:
+    """VLM-Guard's step 3 as published: a text-only pass decides, per layer, whether to steer the last prompt token.
+
+    h*_l(Q) = h'_l(Q) + alpha g_l h_l(q) V_l^T V_l with g_l = 1[h_l(q) . v_1 > 0]; h' = h - h V_l^T V_l if `project`,
+    else h.  bases: layer -> V_l, [m, d], orthonormal rows, row 0 = v_1.  Hooks only: no weights hold a second pass.
+    """
+
+    kind: ClassVar[str] = "two-pass"
+    bases: Mapping[int, Tensor]
+    alpha: float = 1.0
+    project: bool = False
+
+    def __post_init__(self) -> None:
+        bases = {layer: check_basis(self.bases[layer], f"{self.kind}, layer {layer}") for layer in sorted(self.bases)}
+        object.__setattr__(self, "bases", bases)
+
+    @property
+    def layers(self) -> list[int]:
+        return list(self.bases)
+
+    @property
+    def width(self) -> int:
+        return next(iter(self.bases.values())).shape[1]
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": self.kind, "alpha": self.alpha, "project": self.project, "layers": self.layers}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {str(layer): basis for layer, basis in self.bases.items()}
+
+    @classmethod
+    def parse(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        bases = {_layer_number(key, cls.kind): tensor for key, tensor in tensors.items()}
+        return cls(bases, float(header["alpha"]), bool(header["project"]))
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Adds c * ramp to what the MLP of `layer` writes, at positions whose MLP input x the detector u recognises.
+
+    With a biased MLP, ramp = (act(beta (u.x - t0)) - act(beta (u.x - t1))) / (beta (t1 - t0)), act the MLP's own
+    activation: 0 below t0, 1 above t1, in between a line.  `unit` k stands in for the constant 1 where an MLP has no
+    biases: gate rows beta (u - t0 k) and beta (u - t1 k), the whole times k.x where the MLP is gated; k.x is about 1
+    where it matters (guard.md, section 6).  recycled: the MLP's neurons that are silenced to make room for the two.
+    beta = inf is the ideal clip((u.x - t0) / (t1 - t0), 0, 1), which weights approach and do not hold.
+
+    detector: u, [d], unit length.  column: c, [d].  unit: k, [d], or None where the MLP has biases.
+    """
+
+    kind: ClassVar[str] = "gate"
+    layer: int
+    detector: Tensor
+    column: Tensor
+    t0: float
+    t1: float
+    unit: Tensor | None = None
+    recycled: tuple[int, ...] = ()
+    beta: float = 256.0
+
+    def __post_init__(self) -> None:
+        for name in ("detector", "column", "unit"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, check_vector(value, f"{self.kind}, {name}"))
+        shapes = {vector.shape for vector in (self.detector, self.column, self.unit) if vector is not None}
+        if len(shapes) != 1:
+            raise InputError(f"{self.kind}: detector, column and unit are not of one size")
+        if not (math.isfinite(self.t0) and math.isfinite(self.t1) and self.t0 < self.t1):
+            raise InputError(f"{self.kind}: thresholds t0 = {self.t0} and t1 = {self.t1} are not t0 < t1")
+        if not self.beta > 0:
+            raise InputError(f"{self.kind}: beta {self.beta} is not positive")
+        if self.layer < 0 or len(set(self.recycled)) != len(self.recycled) or min(self.recycled, default=0) < 0:
+            raise InputError(f"{self.kind}: layer {self.layer}, recycled neurons {list(self.recycled)} make no sense")
+        if len(self.recycled) not in (0, NEURONS):
+            raise InputError(f"{self.kind}: takes {NEURONS} recycled neurons, or none where the MLP is widened")
+
+    @property
+    def layers(self) -> list[int]:
+        return [self.layer]
+
+    @property
+    def width(self) -> int:
+        return len(self.detector)
+
+    def describe(self) -> dict[str, Any]:
+        numbers = {"layer": self.layer, "t0": self.t0, "t1": self.t1, "beta": self.beta}
+        return {"kind": self.kind, **numbers, "recycled": list(self.recycled), "form": self.form}
+
+    @property
+    def form(self) -> str:
+        """`biased` or `bias-free`."""
+        return "biased" if self.unit is None else "bias-free"
+
+    def tensors(self) -> dict[str, Tensor]:
+        vectors = {"detector": self.detector, "column": self.column}
+        return vectors if self.unit is None else {**vectors, "unit": self.unit}
+
+    @classmethod
+    def parse(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        numbers = {name: float(header[name]) for name in ("t0", "t1", "beta")}
+        recycled = tuple(int(neuron) for neuron in header["recycled"])
+        unit = tensors.get("unit")
+        return cls(
+            int(header["layer"]), tensors["detector"], tensors["column"], unit=unit, recycled=recycled, **numbers
+        )

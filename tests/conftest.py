@@ -1,0 +1,32 @@
+"""One core, no network, no noise; and the tiny model that most tests read but never change."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from transformers.utils import logging
+from zoo import Tiny
+
+from guardfold.guard.vlm import VLM, load
+
+torch.set_num_threads(1)
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny LLaVA on disk, with its processor; read only."""
+    return Tiny().save(tmp_path_factory.mktemp("zoo") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder: Path) -> VLM:
+    """The same, loaded in float32; whoever changes it must change it back."""
+    return load(tiny_folder, "cpu", torch.float32)
