@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,7 +15,6 @@ from .guard.errors import InputError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from .guard.presets import Scope
     from .pipeline import GuardOptions
     from .validators.check import Evidence
 
@@ -33,19 +32,56 @@ app = typer.Typer(
 
 MODEL_HELP = "The demo, a model folder, a hub id (owner/name), or an alias such as llava."
 Model = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
+PRESETS_HELP = (
+    "auto (vlm-guard, unless validation shows its gate alone to be better), vlm-guard (projection and gate), gate, "
+    "or projection (which alone can make a model less safe)"
+)
+GuardOption = Annotated[str, typer.Option("--guard", "-g", help=f"A guard file, or a preset: {PRESETS_HELP}.")]
 Layers = Annotated[
-    str, typer.Option(help="Decoder layers to project: last-quarter, last-half, all, or numbers from 0 (3,5,20-31).")
+    str | None,
+    typer.Option(
+        help="Decoder layers to project: last-quarter, last-half, all, or numbers from 0 (3,5,20-31). "
+        "Default: chosen on validation."
+    ),
 ]
 ScopeOption = Annotated[
     str,
     typer.Option(
         "--scope",
-        help="sublayers: own directions per layer, on what its attention and MLP write. "
+        help="Of the preset projection. sublayers: own directions per layer, on what its attention and MLP write. "
         "shared: one set of directions, on everything that writes to the residual stream.",
     ),
 ]
-Rank = Annotated[int, typer.Option(min=1, help="Directions per layer (m).")]
-Strength = Annotated[float, typer.Option(help="Share of the component to remove, above 0 and up to 1.")]
+Rank = Annotated[int, typer.Option(min=1, help="Directions per projected layer (m).")]
+Strength = Annotated[
+    float | None,
+    typer.Option(help="Share of the component to remove, above 0 and up to 1. Default: chosen on validation."),
+]
+Rate = Annotated[
+    float | None,
+    typer.Option(
+        "--false-positive-rate",
+        min=1e-6,
+        max=0.5,
+        help="Share of harmless positions at which the gate may begin to open: more protects more and costs more. "
+        "Default: chosen on validation.",
+    ),
+]
+PlacementOption = Annotated[
+    str,
+    typer.Option(
+        "--placement",
+        help="Where the gate's neurons go. recycle: in place of the least used ones; every shape stays. "
+        "widen: beside them; every MLP grows.",
+    ),
+]
+Benign = Annotated[
+    Path | None,
+    typer.Option(
+        help="Harmless prompts the gate must leave alone, JSONL or CSV with column text (and image). "
+        "Default: the model folder's own benign.jsonl, else the built-in ones."
+    ),
+]
 Anchors = Annotated[
     Path | None,
     typer.Option(
@@ -97,12 +133,15 @@ def export(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder to write. Default: ./<name>-guarded.")
     ] = None,
-    guard: Annotated[str, typer.Option("--guard", "-g", help="A guard file, or a preset: projection.")] = "projection",
+    guard: GuardOption = "auto",
     scope: ScopeOption = "sublayers",
-    layers: Layers = "last-quarter",
+    layers: Layers = None,
     rank: Rank = 1,
-    strength: Strength = 1.0,
+    strength: Strength = None,
+    false_positive_rate: Rate = None,
+    placement: PlacementOption = "recycle",
     anchors: Anchors = None,
+    benign: Benign = None,
     probes: Probes = None,
     qa: QA = None,
     skip_behaviour: SkipBehaviour = False,
@@ -118,7 +157,17 @@ def export(
     """
     from .pipeline import export_guarded
 
-    options = _options(guard, scope, layers, rank, strength, anchors)
+    options = _options(
+        guard=guard,
+        scope=scope,
+        layers=layers,
+        rank=rank,
+        strength=strength,
+        false_positive_rate=false_positive_rate,
+        placement=placement,
+        anchors=anchors,
+        benign=benign,
+    )
     result = export_guarded(
         model,
         output,
@@ -137,12 +186,15 @@ def export(
 def extract(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Guard file to write (.safetensors).")],
-    guard: Annotated[str, typer.Option("--guard", "-g", help="A preset: projection.")] = "projection",
+    guard: GuardOption = "auto",
     scope: ScopeOption = "sublayers",
-    layers: Layers = "last-quarter",
+    layers: Layers = None,
     rank: Rank = 1,
-    strength: Strength = 1.0,
+    strength: Strength = None,
+    false_positive_rate: Rate = None,
+    placement: PlacementOption = "recycle",
     anchors: Anchors = None,
+    benign: Benign = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
     """Extract a guard from a model and write it to a file, without touching the model.
@@ -152,7 +204,22 @@ def extract(
     from .pipeline import extract_to
     from .validators.report import directions_table
 
-    made = extract_to(output, model, _options(guard, scope, layers, rank, strength, anchors), overwrite=overwrite)
+    made = extract_to(
+        output,
+        model,
+        _options(
+            guard=guard,
+            scope=scope,
+            layers=layers,
+            rank=rank,
+            strength=strength,
+            false_positive_rate=false_positive_rate,
+            placement=placement,
+            anchors=anchors,
+            benign=benign,
+        ),
+        overwrite=overwrite,
+    )
     _print(directions_table(made))
     typer.echo(f"written to {output}")
 
@@ -186,13 +253,15 @@ def inspect(model: Annotated[str, typer.Argument(help=MODEL_HELP)]) -> None:
     _print(family_table(*inspect_model(model)))
 
 
-def _options(preset: str, scope: str, layers: str, rank: int, strength: float, anchors: Path | None) -> GuardOptions:
+def _options(**given: Any) -> GuardOptions:
+    from .export.fold import PLACEMENTS
     from .guard.presets import SCOPES
     from .pipeline import GuardOptions
 
-    if scope not in SCOPES:
-        raise InputError(f"--scope {scope}: one of {', '.join(SCOPES)}")
-    return GuardOptions(preset, cast("Scope", scope), layers, rank, strength, anchors)
+    for name, known in (("scope", SCOPES), ("placement", PLACEMENTS)):
+        if given[name] not in known:
+            raise InputError(f"--{name} {given[name]}: one of {', '.join(known)}")
+    return GuardOptions(**given)
 
 
 def _show(evidence: Evidence) -> None:

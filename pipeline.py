@@ -5,43 +5,70 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from . import __version__
 from .export.card import GUARD_FILE, Source, write_card, write_manifest
 from .export.checkpoint import Checkpoint
-from .export.fold import fold
+from .export.fold import Placement, fold
 from .export.rewrite import copy_companions, rewrite, staging
 from .export.writers import Family, family_of
-from .guard.directions import extract
+from .guard.calibration import BUILT_IN_BENIGN, Part, Role, deal, examples, load_benign
+from .guard.directions import Directions, extract
 from .guard.errors import InputError
-from .guard.guard import Guard
-from .guard.presets import DEFAULT_LAYERS, Scope, parse_layers, projection
+from .guard.guard import Guard, Intervention
+from .guard.interventions import Gate
+from .guard.presets import (
+    DEFAULT_LAYERS,
+    FALSE_POSITIVE_RATES,
+    LAYER_SETS,
+    STRENGTHS,
+    Material,
+    Scope,
+    gate_layers,
+    gates,
+    parse_layers,
+    projection,
+    with_projection,
+)
 from .guard.progress import bar
-from .guard.prompts import BUILT_IN_ANCHORS, load_anchors
-from .guard.vlm import load, resolve
+from .guard.prompts import BUILT_IN_ANCHORS, beside, load_anchors
+from .guard.transcripts import Usage
+from .guard.vlm import VLM, load, mlp_parts, resolve
 from .validators.check import Evidence, examine
-from .validators.probes import load_probes
+from .validators.judge import PhraseJudge
+from .validators.probes import load_probes, refusal_text
+from .validators.select import Bench, best, choose, sample_scores, scrutinise
 from .validators.verdict import Refused
 
-DEFAULT_PRESET = "projection"
-PRESETS = (DEFAULT_PRESET,)
+PRESETS = ("auto", "vlm-guard", "gate", "projection")
+DEFAULT_PRESET = "auto"
 MAX_ANCHORS = 100
-"""Pairs used for the directions (the paper's N); more are kept for what must not see the same pairs."""
+"""Pairs that a projection on its own is extracted from (the paper's N)."""
 
 
 @dataclass(frozen=True)
 class GuardOptions:
-    """Which guard: a guard file, or a preset with where it acts, how strongly, and from which anchors it is made."""
+    """Which guard: a guard file, or a preset with where it acts, how strongly, and from what it is made.
+
+    guard: a file, or auto, vlm-guard, gate, projection.  scope, rank: of the projection.  layers, strength: of the
+    projection; None lets validation choose (the preset projection takes the last quarter in full).
+    false_positive_rate: share of harmless positions that reach t0; None lets validation choose.  placement: recycle
+    overwrites the least used neurons, widen adds some.  beta: steepness of the gate's corners.
+    """
 
     guard: str = DEFAULT_PRESET
     scope: Scope = "sublayers"
-    layers: str = DEFAULT_LAYERS
+    layers: str | None = None
     rank: int = 1
-    strength: float = 1.0
+    strength: float | None = None
+    false_positive_rate: float | None = None
+    placement: Placement = "recycle"
+    beta: float = 256.0
     anchors: Path | None = None
+    benign: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -71,10 +98,10 @@ class NotSafer(Refused):
 
 
 def extract_guard(model: str, options: GuardOptions | None = None) -> Guard:
-    """The guard that `options` describe: read from a file, or extracted from `model` (the demo, an alias, a hub id, a
-    folder).
+    """The guard that `options` describe: read from a file, or made from `model` (the demo, an alias, a hub id, a folder).
 
-    Raises InputError for a model or anchors that cannot be used, layers out of range, or a rank above the anchors.
+    Raises InputError for a model or prompts that cannot be used, layers out of range, or a rank above the anchors, and
+    Refused if no candidate is within the limits or the detector cannot tell harmful prompts apart.
     """
     options = options or GuardOptions()
     folder, name = resolve(model)
@@ -82,21 +109,92 @@ def extract_guard(model: str, options: GuardOptions | None = None) -> Guard:
         return Guard.load(Path(options.guard))
     if options.guard not in PRESETS:
         raise InputError(f"{options.guard}: neither a guard file nor a preset ({', '.join(PRESETS)})")
-    beside = folder / "anchors.jsonl"
-    anchors = load_anchors(options.anchors or (beside if beside.is_file() else BUILT_IN_ANCHORS)).head(MAX_ANCHORS)
-    if options.rank > len(anchors):
-        raise InputError(f"--rank {options.rank}: more than the {len(anchors)} anchor pairs")
+    anchors = load_anchors(options.anchors or beside(folder, "anchors.jsonl") or BUILT_IN_ANCHORS)
+    if options.rank > min(len(anchors), MAX_ANCHORS):
+        raise InputError(f"--rank {options.rank}: more than the {min(len(anchors), MAX_ANCHORS)} anchor pairs")
+    family = family_of(Checkpoint.open(folder))
+    layers = parse_layers(options.layers, family.layers) if options.layers else None
     vlm = load(folder)
-    layers = parse_layers(options.layers, len(vlm.layers))
-    directions = extract(vlm, anchors, layers, options.rank)
     provenance = {
         "guardfold": __version__,
         "model": name,
         "revision": Source(name, folder).revision,
         "anchors": {"sha256": anchors.hash, "pairs": len(anchors)},
-        "directions": directions.figures(),
     }
-    return projection(directions, options.scope, options.strength, json.loads(json.dumps(provenance)))
+    if options.guard == "projection":
+        chosen = layers or parse_layers(DEFAULT_LAYERS, family.layers)
+        directions = extract(vlm, anchors.head(MAX_ANCHORS), chosen, options.rank)
+        interventions: tuple[Intervention, ...] = (
+            projection(directions, chosen, options.scope, 1.0 if options.strength is None else options.strength),
+        )
+        found: dict[str, Any] = {"directions": directions.figures()}
+    else:
+        benign = load_benign(options.benign or beside(folder, "benign.jsonl") or BUILT_IN_BENIGN)
+        interventions, found = _gated(vlm, family, deal(anchors, benign), layers, options)
+    return Guard(interventions, json.loads(json.dumps({**provenance, **found})))
+
+
+def _gated(
+    vlm: VLM, family: Family, parts: dict[Role, Part], layers: list[int] | None, options: GuardOptions
+) -> tuple[tuple[Intervention, ...], dict[str, Any]]:
+    """The best gate, or projection with gate, on the select part; and what was found on the way, as JSON."""
+    if options.scope == "shared":
+        raise InputError("--scope shared: a shared projection would erase what a gate writes; use --guard projection")
+    tried = [layer for layer in gate_layers(family.layers) if layer in family.mlps]
+    if not tried:
+        raise InputError(f"{family.model_type}: no upper layer has a dense MLP; a gate cannot be folded there")
+    directions = extract(vlm, parts["fit"].anchors, range(family.layers), options.rank)
+    material = _material(vlm, family, parts, directions, tried, options)
+    rates = FALSE_POSITIVE_RATES if options.false_positive_rate is None else (options.false_positive_rate,)
+    bench = Bench(vlm, parts["select"], PhraseJudge(refusal_text(vlm.folder)))
+    trials = bench.try_all(list(gates(material, rates)), "choosing a gate")
+    gate, full, more = best(trials, bench.original), None, []
+    if gate and options.guard != "gate":
+        sets = {name: parse_layers(name, family.layers) for name in LAYER_SETS} if layers is None else {"given": layers}
+        strengths = STRENGTHS if options.strength is None else (options.strength,)
+        candidates = list(with_projection(gate.candidate, directions, sets, strengths))
+        more = bench.try_all(candidates, "choosing a projection")
+        full = best(more, bench.original)
+    chosen, why = choose(options.guard, gate, full)
+    final = next(each for each in chosen.candidate.interventions if isinstance(each, Gate))
+    held_out = examples(vlm, parts["test"], [final.layer], "test")[final.layer]
+    found = {
+        "directions": directions.figures(),
+        "selection": {
+            "chosen": chosen.row(),
+            "preset": "gate" if chosen is gate else "vlm-guard",
+            "why": why,
+            "original": asdict(bench.original),
+            "candidates": [trial.row() for trial in (*trials, *more)],
+            "parts": {role: len(part.harmful) for role, part in parts.items()},
+        },
+        "held_out": scrutinise(final, held_out),
+        "scores": sample_scores(final, held_out),
+    }
+    return chosen.candidate.interventions, found
+
+
+def _material(
+    vlm: VLM,
+    family: Family,
+    parts: dict[Role, Part],
+    directions: Directions,
+    layers: list[int],
+    options: GuardOptions,
+) -> Material:
+    usage: dict[int, Usage] = {}
+    fit = examples(vlm, parts["fit"], layers, "fit", usage)
+    downs = {layer: mlp_parts(vlm.layers[layer]).down.weight for layer in layers}
+    biased = mlp_parts(vlm.layers[layers[0]]).biased
+    return Material(
+        fit=fit,
+        threshold=examples(vlm, parts["threshold"], layers, "threshold"),
+        importance={layer: usage[layer].importance(downs[layer]) for layer in layers},
+        directions=directions,
+        biases=biased or (options.placement == "widen" and family.bias_flag is not None),
+        recycle=options.placement == "recycle",
+        beta=options.beta,
+    )
 
 
 def extract_to(output: Path, model: str, options: GuardOptions, *, overwrite: bool = False) -> Guard:

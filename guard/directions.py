@@ -37,6 +37,13 @@ class Directions:
     gap: dict[int, float]
     auc: dict[str, dict[int, float]]
 
+    def only(self, layers: Sequence[int]) -> Directions:
+        """The same for some of the layers."""
+        auc = {kind: {layer: scores[layer] for layer in layers} for kind, scores in self.auc.items()}
+        singular_values = {layer: self.singular_values[layer] for layer in layers}
+        bases = {layer: self.bases[layer] for layer in layers}
+        return Directions(bases, singular_values, {layer: self.gap[layer] for layer in layers}, auc)
+
     def figures(self) -> dict[str, Any]:
         """The figures as JSON, for provenance and report."""
         leading = {layer: values[:8] for layer, values in self.singular_values.items()}

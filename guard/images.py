@@ -58,6 +58,13 @@ def draw_noise(rng: random.Random, size: int = SIZE) -> Image.Image:
     return cells.resize((size, size), Image.Resampling.NEAREST)
 
 
+def draw_gradient(rng: random.Random, size: int = SIZE) -> Image.Image:
+    """A smooth passage between two colours, in a direction that `rng` chooses; [size, size] RGB."""
+    one, other = (tuple(rng.randrange(256) for _ in range(3)) for _ in range(2))
+    mask = Image.linear_gradient("L").rotate(rng.choice((0, 90, 180, 270))).resize((size, size))
+    return Image.composite(Image.new("RGB", (size, size), one), Image.new("RGB", (size, size), other), mask)
+
+
 def draw_words(words: str, size: int = SIZE) -> Image.Image:
     """`words` in black on white, wrapped to fill the picture; [size, size] RGB."""
     picture = Image.new("RGB", (size, size), "white")
@@ -66,7 +73,7 @@ def draw_words(words: str, size: int = SIZE) -> Image.Image:
     return picture
 
 
-def draw(kind: ImageKind, words: str, seed: int | str) -> Image.Image | None:
+def draw(kind: ImageKind | Literal["gradient"], words: str, seed: int | str) -> Image.Image | None:
     """The picture of `kind` for a prompt that says `words`; None for `text`. The same seed gives the same picture."""
     rng = random.Random(f"{kind}:{seed}")
     if kind == "text":
@@ -75,6 +82,8 @@ def draw(kind: ImageKind, words: str, seed: int | str) -> Image.Image | None:
         return Image.new("RGB", (SIZE, SIZE), "white")
     if kind == "noise":
         return draw_noise(rng)
+    if kind == "gradient":
+        return draw_gradient(rng)
     if kind == "shape":
         return draw_shape(rng.choice(sorted(COLOURS)), rng.choice(SHAPES), rng)
     return draw_words(words)

@@ -87,6 +87,11 @@ def field(path: Path, number: int, row: dict[str, Any], name: str) -> str:
     return value.strip()
 
 
+def beside(folder: Path, name: str) -> Path | None:
+    """The file `name` that a model folder brings for its own measurement, if it does."""
+    return folder / name if (folder / name).is_file() else None
+
+
 def load_anchors(path: Path = BUILT_IN_ANCHORS) -> Anchors:
     """Anchor pairs from JSONL or CSV with `harmful` and `harmless` columns. InputError naming the line if malformed."""
     pairs = [(field(path, n, row, "harmful"), field(path, n, row, "harmless")) for n, row in rows(path)]

@@ -76,7 +76,9 @@ def inputs(processor: Any, *conversations: list[dict[str, Any]]) -> BatchFeature
 def batches(processor: Any) -> dict[str, BatchFeature]:
     """Text of two lengths in one batch, one picture, and two pictures of different shapes for one prompt."""
     return {
-        "text": inputs(processor, conversation("how to bake bread ?"), conversation("do people usually walk to work ?")),
+        "text": inputs(
+            processor, conversation("how to bake bread ?"), conversation("do people usually walk to work ?")
+        ),
         "image": inputs(processor, conversation("how to walk home ?", 1)),
         "images": inputs(processor, conversation("why do people bake bread ?", 2)),
     }

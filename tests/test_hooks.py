@@ -83,7 +83,10 @@ def test_shared_projection_takes_v_out_of_everything_written_to_the_stream(shape
 def test_with_the_shared_projection_the_readers_see_nothing_along_v(tiny: VLM) -> None:
     basis, seen = random_basis(2, tiny.width), []
     text: Any = tiny.model.model.language_model
-    readers = [text.norm, *(n for layer in text.layers for n in (layer.input_layernorm, layer.post_attention_layernorm))]
+    readers = [
+        text.norm,
+        *(n for layer in text.layers for n in (layer.input_layernorm, layer.post_attention_layernorm)),
+    ]
     with attached(tiny.model, Guard((SharedProjection(basis),))):
         handles = [norm.register_forward_pre_hook(lambda _m, args: seen.append(args[0])) for norm in readers]
         reference.logits(tiny.model, reference.batches(tiny.processor)["image"])

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import BatchFeature
 
-from ..guard.guard import Guard, TwoPass
+from ..guard.guard import Guard
 from ..guard.hooks import attached
 from ..guard.images import IMAGE_KINDS, ImageKind
+from ..guard.interventions import TwoPass
 from ..guard.progress import batched
 from ..guard.prompts import Prompt, encode, illustrated
 from ..guard.states import text_states
@@ -71,14 +73,19 @@ def generate(
 ) -> list[str]:
     """Greedy answers to `prompts`, a picture of `kind` attached to each, with `guard`'s hooks if there is one."""
     answers: list[str] = []
-    model: Any = vlm.model
     for batch in batched(prompts, vlm.batch_size, what):
         inputs = encode(vlm, illustrated(batch, kind))
-        with attached(model, guard, _text_pass(vlm, batch, guard)) if guard else nullcontext():
-            tokens = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
-        new = tokens[:, inputs["input_ids"].shape[1] :]
-        answers += vlm.processor.batch_decode(new, skip_special_tokens=True)
-    return [answer.strip() for answer in answers]
+        with attached(vlm.model, guard, _text_pass(vlm, batch, guard)) if guard else nullcontext():
+            answers += respond(vlm, inputs)
+    return answers
+
+
+def respond(vlm: VLM, inputs: BatchFeature) -> list[str]:
+    """Greedy answers to one encoded batch, special tokens left out."""
+    model: Any = vlm.model
+    tokens = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
+    new = tokens[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in vlm.processor.batch_decode(new, skip_special_tokens=True)]
 
 
 def _text_pass(vlm: VLM, prompts: Sequence[Prompt], guard: Guard) -> dict[int, torch.Tensor] | None:

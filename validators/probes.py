@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from ..guard.errors import InputError
-from ..guard.prompts import Prompt, field, load_image, rows
+from ..guard.prompts import Prompt, beside, field, load_image, rows
 
 BUILT_IN = Path(str(files("guardfold.validators") / "data" / "probes.jsonl"))
 MAX_DESCRIPTION_BYTES = 2**20
@@ -30,7 +30,7 @@ def load_probes(folder: Path, probes: Path | None = None, qa: Path | None = None
 
     InputError naming file and line for what is malformed, and if either kind of probe is missing.
     """
-    source = probes or _beside(folder, "probes.jsonl") or BUILT_IN
+    source = probes or beside(folder, "probes.jsonl") or BUILT_IN
     harmful: list[Prompt] = []
     benign: list[Prompt] = []
     for number, row in rows(source):
@@ -43,12 +43,8 @@ def load_probes(folder: Path, probes: Path | None = None, qa: Path | None = None
         (harmful if flag else benign).append(Prompt(field(source, number, row, "text"), answer=answer))
     if not harmful or not benign:
         raise InputError(f"{source}: needs both harmful and benign probes")
-    qa = qa or _beside(folder, "qa.jsonl")
-    return Probes(tuple(harmful), tuple(benign), _load_qa(qa) if qa else (), _refusal(folder))
-
-
-def _beside(folder: Path, name: str) -> Path | None:
-    return folder / name if (folder / name).is_file() else None
+    qa = qa or beside(folder, "qa.jsonl")
+    return Probes(tuple(harmful), tuple(benign), _load_qa(qa) if qa else (), refusal_text(folder))
 
 
 def _load_qa(path: Path) -> tuple[Prompt, ...]:
@@ -62,7 +58,8 @@ def _load_qa(path: Path) -> tuple[Prompt, ...]:
     )
 
 
-def _refusal(folder: Path) -> str | None:
+def refusal_text(folder: Path) -> str | None:
+    """The one refusal text of the model in `folder`, if its demo.json names one. InputError if that is no JSON."""
     path = folder / "demo.json"
     if not path.is_file() or path.stat().st_size > MAX_DESCRIPTION_BYTES:
         return None

@@ -1,0 +1,124 @@
+"""What a gate is fitted, set and chosen on: anchors and benign prompts dealt into four parts that never meet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .detector import split
+from .errors import InputError
+from .images import ImageKind, draw
+from .prompts import Anchors, Prompt, field, load_image, rows
+from .transcripts import Place, Readings, Transcripts, Usage, answer, read
+from .vlm import VLM
+
+BUILT_IN_BENIGN = Path(str(files("guardfold.guard") / "data" / "benign.jsonl"))
+Role = Literal["fit", "threshold", "select", "test"]
+ROLES: tuple[Role, ...] = get_args(Role)
+SHARES = (0.4, 0.2, 0.2, 0.2)
+"""fit: the detector and the directions.  threshold: t0 and t1.  select: the candidates.  test: the figures reported."""
+
+ANCHOR_KINDS: tuple[ImageKind, ...] = ("text", "blank", "noise", "shape")
+"""Image kinds that anchors are shown with; harmful words drawn into a picture are kept for evaluation."""
+
+BENIGN_KINDS = ("blank", "noise", "gradient", "shape", "typographic")
+"""Pictures for benign prompts, in turn; what is typed into them is the prompt's own harmless words."""
+
+MIN_ANCHORS, MIN_BENIGN = 40, 40
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part: paired harmful and harmless anchors, benign prompts without pictures, and some that bring their own."""
+
+    harmful: tuple[Prompt, ...]
+    harmless: tuple[Prompt, ...]
+    benign: tuple[Prompt, ...]
+    pictured: tuple[Prompt, ...]
+
+    @property
+    def anchors(self) -> Anchors:
+        return Anchors(tuple(p.text for p in self.harmful), tuple(p.text for p in self.harmless))
+
+
+def load_benign(path: Path) -> list[Prompt]:
+    """Benign prompts from JSONL or CSV with `text` (and `image`, a file beside it). InputError naming the line."""
+    prompts = []
+    for number, row in rows(path):
+        image = row.get("image")
+        picture = load_image(path.parent, str(image), f"{path}, line {number}") if image else None
+        prompts.append(Prompt(field(path, number, row, "text"), picture))
+    return prompts
+
+
+def deal(anchors: Anchors, benign: Sequence[Prompt]) -> dict[Role, Part]:
+    """The four parts. Benign prompts without pictures of their own get one of each kind in turn as `pictured`.
+
+    Raises InputError if there are too few of either to be dealt out.
+    """
+    if len(anchors) < MIN_ANCHORS or len(benign) < MIN_BENIGN:
+        raise InputError(
+            f"{len(anchors)} anchor pairs and {len(benign)} benign prompts are too few to fit a gate on: "
+            f"at least {MIN_ANCHORS} and {MIN_BENIGN}"
+        )
+    plain = [prompt for prompt in benign if prompt.image is None]
+    pictured = [prompt for prompt in benign if prompt.image is not None]
+    for index, prompt in enumerate(plain):
+        picture = draw(BENIGN_KINDS[index % len(BENIGN_KINDS)], prompt.text, prompt.text)  # type: ignore[arg-type]
+        pictured.append(replace(prompt, image=picture))
+
+    def some(prompts: Sequence[Prompt], indices: list[int]) -> tuple[Prompt, ...]:
+        return tuple(prompts[index] for index in indices)
+
+    harmful = [Prompt(text) for text in anchors.harmful]
+    harmless = [Prompt(text) for text in anchors.harmless]
+    dealt = (split(len(each), SHARES) for each in (harmful, plain, pictured))
+    return {
+        role: Part(some(harmful, pairs), some(harmless, pairs), some(plain, alone), some(pictured, shown))
+        for role, pairs, alone, shown in zip(ROLES, *dealt, strict=True)
+    }
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What one layer's MLP reads where a gate must open ([n, d]), by image kind, and everywhere else."""
+
+    harmful: dict[ImageKind, Tensor]
+    other: Readings
+
+    @property
+    def positives(self) -> Tensor:
+        return torch.cat(list(self.harmful.values()))
+
+
+def examples(
+    vlm: VLM, part: Part, layers: Sequence[int], what: str, usage: dict[int, Usage] | None = None
+) -> dict[int, Examples]:
+    """layer -> Examples of `part`: anchors under every anchor kind, benign prompts, and pictured ones, with answers.
+
+    Harmful anchors are followed by the model's answer to them without a picture, so that a refusal under way is among
+    what must not open the gate.
+    """
+    harmful: dict[int, dict[ImageKind, Tensor]] = {layer: {} for layer in layers}
+    other: dict[int, list[Readings]] = {layer: [] for layer in layers}
+
+    def note(transcripts: Transcripts, opens: bool = False) -> None:
+        for layer, readings in read(vlm, transcripts, layers, f"{what}: reading", usage).items():
+            if opens and transcripts.kind:
+                harmful[layer][transcripts.kind] = readings.at(Place.LAST)
+            other[layer].append(readings.but(Place.LAST) if opens else readings)
+
+    refused, answered = (answer(vlm, each, f"{what}: anchors") for each in (part.harmful, part.harmless))
+    for kind in ANCHOR_KINDS:
+        note(refused.under(kind), opens=True)
+        note(answered.under(kind))
+    if part.benign:
+        note(answer(vlm, part.benign, f"{what}: benign prompts"))
+    note(answer(vlm, part.pictured, f"{what}: benign prompts with pictures"))
+    return {layer: Examples(harmful[layer], Readings.join(other[layer])) for layer in layers}
