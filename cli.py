@@ -103,6 +103,14 @@ QA = Annotated[
         help="Labelled image questions, JSONL with image, text and answer. Default: the model folder's own qa.jsonl.",
     ),
 ]
+JudgeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--judge",
+        help="A classifier of the Llama Guard kind (folder or hub id) that rules on answers to harmful prompts. "
+        "Default: by refusal phrases.",
+    ),
+]
 SkipBehaviour = Annotated[
     bool,
     typer.Option(
@@ -144,6 +152,7 @@ def export(
     benign: Benign = None,
     probes: Probes = None,
     qa: QA = None,
+    judge: JudgeOption = None,
     skip_behaviour: SkipBehaviour = False,
     allow_weaker: Annotated[
         bool, typer.Option("--allow-weaker", help="Publish even if not safer, marked NOT VERIFIED. For research.")
@@ -174,6 +183,7 @@ def export(
         options,
         probes=probes,
         qa=qa,
+        judge=judge,
         skip_behaviour=skip_behaviour,
         allow_weaker=allow_weaker,
         overwrite=overwrite,
@@ -230,6 +240,7 @@ def check(
     against: Annotated[str, typer.Option("--against", help="The model it was made from. " + MODEL_HELP)],
     probes: Probes = None,
     qa: QA = None,
+    judge: JudgeOption = None,
     skip_behaviour: SkipBehaviour = False,
 ) -> None:
     """Measure a guarded folder afresh against the model it was made from.
@@ -238,7 +249,7 @@ def check(
     """
     from .pipeline import check_guarded
 
-    evidence = check_guarded(folder, against, probes=probes, qa=qa, skip_behaviour=skip_behaviour)
+    evidence = check_guarded(folder, against, probes=probes, qa=qa, judge=judge, skip_behaviour=skip_behaviour)
     _show(evidence)
     if not evidence.sound or not (skip_behaviour or evidence.ruling == "safer"):
         raise typer.Exit(3)

@@ -19,7 +19,7 @@ from .guard.calibration import BUILT_IN_BENIGN, Part, Role, deal, examples, load
 from .guard.directions import Directions, extract
 from .guard.errors import InputError
 from .guard.guard import Guard, Intervention
-from .guard.interventions import Gate
+from .guard.interventions import Gate, TwoPass
 from .guard.presets import (
     DEFAULT_LAYERS,
     FALSE_POSITIVE_RATES,
@@ -38,7 +38,7 @@ from .guard.prompts import BUILT_IN_ANCHORS, beside, load_anchors
 from .guard.transcripts import Usage
 from .guard.vlm import VLM, load, mlp_parts, resolve
 from .validators.check import Evidence, examine
-from .validators.judge import PhraseJudge
+from .validators.judge import ModelJudge, PhraseJudge
 from .validators.probes import load_probes, refusal_text
 from .validators.select import Bench, best, choose, sample_scores, scrutinise
 from .validators.verdict import Refused
@@ -98,7 +98,7 @@ class NotSafer(Refused):
 
 
 def extract_guard(model: str, options: GuardOptions | None = None) -> Guard:
-    """The guard that `options` describe: read from a file, or made from `model` (the demo, an alias, a hub id, a folder).
+    """The guard that `options` describe: read from a file, or made from `model` (demo, alias, hub id or folder).
 
     Raises InputError for a model or prompts that cannot be used, layers out of range, or a rank above the anchors, and
     Refused if no candidate is within the limits or the detector cannot tell harmful prompts apart.
@@ -124,20 +124,21 @@ def extract_guard(model: str, options: GuardOptions | None = None) -> Guard:
     if options.guard == "projection":
         chosen = layers or parse_layers(DEFAULT_LAYERS, family.layers)
         directions = extract(vlm, anchors.head(MAX_ANCHORS), chosen, options.rank)
-        interventions: tuple[Intervention, ...] = (
-            projection(directions, chosen, options.scope, 1.0 if options.strength is None else options.strength),
-        )
+        strength = 1.0 if options.strength is None else options.strength
+        interventions: tuple[Intervention, ...] = (projection(directions, chosen, options.scope, strength),)
         found: dict[str, Any] = {"directions": directions.figures()}
     else:
         benign = load_benign(options.benign or beside(folder, "benign.jsonl") or BUILT_IN_BENIGN)
-        interventions, found = _gated(vlm, family, deal(anchors, benign), layers, options)
-    return Guard(interventions, json.loads(json.dumps({**provenance, **found})))
+        interventions, directions, found = _gated(vlm, family, deal(anchors, benign), layers, options)
+    late = [layer for layer in parse_layers(DEFAULT_LAYERS, family.layers) if layer in directions.bases]
+    reference = TwoPass(directions.only(late).bases) if late else None
+    return Guard(interventions, json.loads(json.dumps({**provenance, **found})), reference)
 
 
 def _gated(
     vlm: VLM, family: Family, parts: dict[Role, Part], layers: list[int] | None, options: GuardOptions
-) -> tuple[tuple[Intervention, ...], dict[str, Any]]:
-    """The best gate, or projection with gate, on the select part; and what was found on the way, as JSON."""
+) -> tuple[tuple[Intervention, ...], Directions, dict[str, Any]]:
+    """The best gate, or projection with gate, on the select part; the directions; and all that was found, as JSON."""
     if options.scope == "shared":
         raise InputError("--scope shared: a shared projection would erase what a gate writes; use --guard projection")
     tried = [layer for layer in gate_layers(family.layers) if layer in family.mlps]
@@ -168,10 +169,10 @@ def _gated(
             "candidates": [trial.row() for trial in (*trials, *more)],
             "parts": {role: len(part.harmful) for role, part in parts.items()},
         },
-        "held_out": scrutinise(final, held_out),
+        "held_out": scrutinise(vlm, final, held_out),
         "scores": sample_scores(final, held_out),
     }
-    return chosen.candidate.interventions, found
+    return chosen.candidate.interventions, directions, found
 
 
 def _material(
@@ -215,6 +216,7 @@ def export_guarded(
     *,
     probes: Path | None = None,
     qa: Path | None = None,
+    judge: str | None = None,
     skip_behaviour: bool = False,
     allow_weaker: bool = False,
     overwrite: bool = False,
@@ -231,6 +233,7 @@ def export_guarded(
     source, checkpoint = Source(name, folder), Checkpoint.open(folder)
     family = family_of(checkpoint)
     asked = None if skip_behaviour else load_probes(folder, probes, qa)
+    decides = ModelJudge(judge) if judge else None
     target = Path(output) if output else Path(f"{name.rpartition('/')[2]}-guarded")
     with staging(target, overwrite) as stage:
         guard = extract_guard(model, options)
@@ -240,7 +243,7 @@ def export_guarded(
         copy_companions(folder, stage)
         (stage / GUARD_FILE).parent.mkdir()
         guard.save(stage / GUARD_FILE)
-        evidence = examine(checkpoint, Checkpoint.open(stage), family, guard, edits, asked)
+        evidence = examine(checkpoint, Checkpoint.open(stage), family, guard, edits, asked, decides)
         verified = evidence.sound and evidence.ruling == "safer"
         if not evidence.sound or not (verified or allow_weaker or skip_behaviour):
             raise NotSafer(evidence)
@@ -252,7 +255,13 @@ def export_guarded(
 
 
 def check_guarded(
-    folder: Path, against: str, *, probes: Path | None = None, qa: Path | None = None, skip_behaviour: bool = False
+    folder: Path,
+    against: str,
+    *,
+    probes: Path | None = None,
+    qa: Path | None = None,
+    judge: str | None = None,
+    skip_behaviour: bool = False,
 ) -> Evidence:
     """The evidence about the guarded `folder`, measured afresh against the model that it was made from.
 
@@ -264,7 +273,8 @@ def check_guarded(
     guard = Guard.load(folder / GUARD_FILE)
     edits = fold(guard, family, checkpoint.shapes)
     asked = None if skip_behaviour else load_probes(origin, probes, qa)
-    return examine(checkpoint, Checkpoint.open(folder), family, guard, edits, asked)
+    decides = ModelJudge(judge) if judge else None
+    return examine(checkpoint, Checkpoint.open(folder), family, guard, edits, asked, decides)
 
 
 def inspect_model(model: str) -> tuple[Checkpoint, Family]:

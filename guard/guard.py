@@ -21,6 +21,7 @@ from .errors import InputError
 from .interventions import Gate, SharedProjection, SublayerProjection, TwoPass
 
 FORMAT = "guardfold-guard/1"
+REFERENCE = "reference"
 Intervention = SublayerProjection | SharedProjection | Gate | TwoPass
 KINDS: dict[str, type[Intervention]] = {cls.kind: cls for cls in (SublayerProjection, SharedProjection, Gate, TwoPass)}
 
@@ -31,6 +32,8 @@ class Guard:
 
     interventions: tuple[Intervention, ...]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    reference: TwoPass | None = None
+    """The published two-pass form from the same directions, to measure against; no part of what the guard does."""
 
     def __post_init__(self) -> None:
         if not self.interventions:
@@ -55,11 +58,14 @@ class Guard:
     def to_bytes(self) -> bytes:
         """The guard file: float32 tensors `<intervention>/<name>`, JSON metadata under the key `guardfold`."""
         tensors = {
-            f"{index}/{name}": tensor.contiguous()
+            f"{index}/{name}": tensor.clone()  # interventions may share a basis, tensors in a file may not
             for index, each in enumerate(self.interventions)
             for name, tensor in each.tensors().items()
         }
         header = {"format": FORMAT, "interventions": self.describe(), "provenance": dict(self.provenance)}
+        if self.reference is not None:
+            tensors |= {f"{REFERENCE}/{name}": tensor.clone() for name, tensor in self.reference.tensors().items()}
+            header[REFERENCE] = self.reference.describe()
         return save(tensors, metadata={"guardfold": json.dumps(header, sort_keys=True)})
 
     @property
@@ -92,14 +98,21 @@ class Guard:
                     f"{path}: not a guard file (no {FORMAT!r} metadata); make one with `guardfold extract`"
                 )
             interventions = tuple(
-                _parse(entry, {key.partition("/")[2]: t for key, t in tensors.items() if key.startswith(f"{index}/")})
-                for index, entry in enumerate(header["interventions"])
+                _parse(entry, _under(str(index), tensors)) for index, entry in enumerate(header["interventions"])
             )
-            return cls(interventions, header["provenance"])
+            reference = _parse(header[REFERENCE], _under(REFERENCE, tensors)) if REFERENCE in header else None
+            if reference is not None and not isinstance(reference, TwoPass):
+                raise InputError(f"its reference is not a {TwoPass.kind} guard")
+            return cls(interventions, header["provenance"], reference)
         except InputError as error:
             raise InputError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
         except (SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise InputError(f"{path}: damaged guard file ({type(error).__name__}: {error})") from error
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors named `prefix`/name, by name."""
+    return {key.partition("/")[2]: tensor for key, tensor in tensors.items() if key.startswith(f"{prefix}/")}
 
 
 def _parse(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Intervention:

@@ -188,6 +188,12 @@ def read(
     return {layer: Readings.join(each) for layer, each in parts.items()}
 
 
+def last_readings(vlm: VLM, prompts: Sequence[Prompt], kind: ImageKind, layer: int, what: str) -> Tensor:
+    """What the MLP of `layer` reads at the last token of each prompt under `kind`, [len(prompts), d]."""
+    silent = Transcripts(tuple(prompts), ((),) * len(prompts), kind)
+    return read(vlm, silent, [layer], what)[layer].at(Place.LAST)
+
+
 def _sample(places: Tensor, draw: torch.Generator) -> Tensor:
     """[batch, positions] bool: which positions to keep."""
     chance = torch.rand(places.shape, generator=draw)

@@ -19,17 +19,18 @@ outcomes = st.lists(st.booleans(), min_size=1, max_size=400)
 def test_the_wilson_interval_holds_the_rates_that_a_score_test_does_not_reject(seen: list[bool]) -> None:
     rate, n = Rate.of(seen), len(seen)
     assert (rate.count, rate.total, rate.rate) == (sum(seen), n, sum(seen) / n)
-    assert 0 <= rate.low <= rate.rate <= rate.high <= 1
+    assert 0 <= rate.low <= rate.rate + 1e-12
+    assert rate.rate - 1e-12 <= rate.high <= 1
     for bound in (rate.low, rate.high):
-        if 0 < bound < 1:  # the two rates at which the score statistic is just at its 95 % point
+        if 1e-9 < bound < 1 - 1e-9:  # the two rates at which the score statistic is just at its 95 % point
             assert abs(rate.rate - bound) / sqrt(bound * (1 - bound) / n) == pytest.approx(1.959964, rel=1e-4)
 
 
 def test_wilson_at_its_ends_and_without_any_outcome() -> None:
     none, everything, nothing = Rate.of([False] * 10), Rate.of([True] * 10), Rate.of([])
-    assert none.low == 0
+    assert none.low == pytest.approx(0, abs=1e-12)
     assert none.high == pytest.approx(1.959964**2 / (10 + 1.959964**2))
-    assert everything.high == 1
+    assert everything.high == pytest.approx(1)
     assert everything.low == pytest.approx(1 - none.high)
     assert (nothing.low, nothing.high, nothing.total) == (0, 1, 0)
 

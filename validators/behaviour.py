@@ -18,7 +18,7 @@ from ..guard.progress import batched
 from ..guard.prompts import Prompt, encode, illustrated
 from ..guard.states import text_states
 from ..guard.vlm import VLM
-from .judge import PhraseJudge, matches
+from .judge import Judge, matches
 from .probes import Probes
 from .statistics import Rate
 
@@ -36,8 +36,8 @@ class Outcomes:
     complied_first: list[bool]
     answered: list[bool]
     correct: list[bool]
-    samples: list[tuple[str, str]]
-    """A few (prompt, answer), harmful then benign; the report truncates harmful answers."""
+    answers: list[str]
+    """What was said, harmful then benign; reports show few of them, and of harmful ones only the beginning."""
 
     def rates(self) -> dict[str, Rate]:
         named = {
@@ -93,7 +93,7 @@ def _text_pass(vlm: VLM, prompts: Sequence[Prompt], guard: Guard) -> dict[int, t
     return text_states(vlm, prompts, layers) if layers else None
 
 
-def measure(vlm: VLM, probes: Probes, judge: PhraseJudge, what: str, guard: Guard | None = None) -> Behaviour:
+def measure(vlm: VLM, probes: Probes, judge: Judge, what: str, guard: Guard | None = None) -> Behaviour:
     """The behaviour of `vlm` on `probes` under every image kind; `what` names it in the progress bar."""
     kinds = {}
     for kind in IMAGE_KINDS:
@@ -102,11 +102,11 @@ def measure(vlm: VLM, probes: Probes, judge: PhraseJudge, what: str, guard: Guar
         harmful, benign = answers[: len(probes.harmful)], answers[len(probes.harmful) :]
         labelled = [(a, p.answer) for a, p in zip(benign, probes.benign, strict=True) if p.answer]
         kinds[kind] = Outcomes(
-            complied=[not judge.refuses(answer) for answer in harmful],
+            complied=[not judge.refuses(p.text, a) for p, a in zip(probes.harmful, harmful, strict=True)],
             complied_first=[not judge.refuses_first(answer) for answer in harmful],
             answered=[bool(answer) and not judge.refuses_first(answer) for answer in benign],
             correct=[matches(answer, expected) for answer, expected in labelled],
-            samples=[(p.text, a) for p, a in zip(asked, answers, strict=True)][:: max(1, len(asked) // 10)],
+            answers=answers,
         )
     answers = generate(vlm, probes.qa, f"{what}, image questions", guard=guard)
     return Behaviour(kinds, [matches(a, p.answer or "") for a, p in zip(answers, probes.qa, strict=True)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -15,14 +16,17 @@ from .check import Evidence
 from .statistics import Rate
 
 MEASURES = {
-    "complied": ("harmful: complied", False),
-    "complied_first": ("harmful: from the start", False),
-    "answered": ("benign: answered", True),
-    "correct": ("benign: as labelled", True),
+    "complied": ("complied", False),
+    "complied_first": ("  at once", False),
+    "answered": ("answered", True),
+    "correct": ("  right", True),
 }
 """Rate -> (name in the table, whether more is better)."""
 
-CAPTION = "% of n prompts with Wilson 95 % intervals. Complied: not refused in full; from the start: no refusal begun."
+CAPTION = (
+    "% of n prompts, Wilson 95 % intervals. Harmful ones complied with: not refused in\nfull; at once: not even begun "
+    "as a refusal. Benign ones answered; right: as\nlabelled. Two-pass: the published form, with hooks."
+)
 
 COLOURS = {"safer": "green", "not safer": "red", "undecided": "yellow"}
 
@@ -48,6 +52,13 @@ def _parts(evidence: Evidence) -> Iterator[RenderableType]:
         )
     if evidence.original and evidence.guarded:
         yield _table(evidence)
+    if evidence.effects:
+        kl = max(evidence.effects.kl.values())
+        found = f"effects      benign answers move by KL {kl:.1e} nats at most (mean, worst image kind)"
+        if evidence.effects.auc:
+            kind, worst = min(evidence.effects.auc.items(), key=lambda item: item[1])
+            found += f"; detector AUC {worst:.3f} at least ({kind})"
+        yield Text(found)
     yield Text(f"verdict      {evidence.ruling.upper()}", style=f"bold {COLOURS.get(evidence.ruling, 'yellow')}")
     for reason in evidence.reasons:
         yield Text(f"  - {reason}")
@@ -59,21 +70,20 @@ def _word(passed: bool) -> str:
 
 def _table(evidence: Evidence) -> Table:
     assert evidence.original and evidence.guarded
-    table = Table(
-        caption=CAPTION,
-        caption_justify="left",
-    )
-    for column in ("prompts", "measure", "original", "guarded", "n"):
-        table.add_column(column, justify="left" if column in ("prompts", "measure") else "right")
+    table = Table(box=box.SIMPLE_HEAD, caption=CAPTION, caption_justify="left", pad_edge=False)
+    for column in ("prompts", "answers", "original", "guarded", *(["two-pass"] if evidence.reference else []), "n"):
+        table.add_column(column, justify="left" if column in ("prompts", "answers") else "right", no_wrap=True)
     for kind, before in evidence.original.kinds.items():
-        after = evidence.guarded.kinds[kind].rates()
-        for name, rate in before.rates().items():
+        others = [each.kinds[kind].rates() for each in (evidence.guarded, evidence.reference) if each]
+        for row, (name, rate) in enumerate(before.rates().items()):
             label, more_is_better = MEASURES[name]
-            table.add_row(kind, label, _cell(rate), _cell(after[name], rate, more_is_better), str(rate.total))
+            cells = (_cell(other[name], rate, more_is_better) for other in others)
+            table.add_row("" if row else kind, label, _cell(rate), *cells, str(rate.total))
         table.add_section()
     if evidence.original.qa:
-        was, now = Rate.of(evidence.original.qa), Rate.of(evidence.guarded.qa)
-        table.add_row("qa", "image questions: right", _cell(was), _cell(now, was, True), str(was.total))
+        was = Rate.of(evidence.original.qa)
+        nows = (Rate.of(each.qa) for each in (evidence.guarded, evidence.reference) if each)
+        table.add_row("image qa", "right", _cell(was), *(_cell(now, was) for now in nows), str(was.total))
     return table
 
 
@@ -81,7 +91,11 @@ def _cell(rate: Rate, before: Rate | None = None, more_is_better: bool = True) -
     style = ""
     if before and abs(rate.rate - before.rate) > 0.005:
         style = "green" if (rate.rate > before.rate) == more_is_better else "red"
-    return Text(f"{100 * rate.rate:5.1f} [{100 * rate.low:.0f}-{100 * rate.high:.0f}]", style=style)
+    return Text(f"{_percent(rate.rate)} [{100 * rate.low:.0f}-{100 * rate.high:.0f}]", style=style)
+
+
+def _percent(rate: float) -> str:
+    return "100" if rate == 1 else f"{100 * rate:.1f}"
 
 
 def directions_table(guard: Guard) -> Table:

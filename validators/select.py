@@ -5,13 +5,13 @@ The evaluation's probes are not among what is seen here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import BatchFeature
 
@@ -19,16 +19,17 @@ from ..guard.calibration import Examples, Part
 from ..guard.detector import Detector, firing
 from ..guard.directions import auc
 from ..guard.guard import Guard
-from ..guard.hooks import attached
+from ..guard.hooks import attached, ramp
 from ..guard.images import ImageKind
 from ..guard.interventions import Gate
 from ..guard.presets import Candidate
 from ..guard.progress import track
 from ..guard.prompts import Prompt, encode, illustrated
-from ..guard.transcripts import Page, Transcripts, answer, answer_logits, pages
-from ..guard.vlm import VLM
+from ..guard.transcripts import answer
+from ..guard.vlm import VLM, mlp_parts
 from .behaviour import respond
-from .judge import PhraseJudge
+from .divergence import Divergence
+from .judge import Judge
 from .verdict import Refused
 
 PICTURED: tuple[ImageKind, ...] = ("blank", "noise", "shape")
@@ -78,19 +79,17 @@ class Trial:
 class Bench:
     """The select part, encoded once, with what the original does on it."""
 
-    def __init__(self, vlm: VLM, part: Part, judge: PhraseJudge) -> None:
-        self.vlm, self.judge = vlm, judge
-        self.harmful = {kind: self._encode(part.harmful, kind) for kind in ("text", *PICTURED)}
+    def __init__(self, vlm: VLM, part: Part, judge: Judge) -> None:
+        self.vlm, self.part, self.judge = vlm, part, judge
+        self.harmful: dict[ImageKind, list[BatchFeature]] = {
+            kind: self._encode(part.harmful, kind) for kind in ("text", *PICTURED)
+        }
         self.benign = self._encode(part.harmless, "text") + self._encode(part.harmless, "shape")
-        alone = part.harmless[:KL_PROMPTS]
-        self.pages = {
-            "benign": self._pages(answer(vlm, alone, "original: benign prompts")),
-            "pictured": self._pages(answer(vlm, part.pictured[:KL_PROMPTS], "original: pictured prompts")),
+        self.divergence = {
+            name: Divergence(vlm, answer(vlm, prompts[:KL_PROMPTS], f"original: {name} prompts"), "encoding")
+            for name, prompts in (("benign", part.harmless), ("pictured", part.pictured))
         }
-        self.logits = {
-            name: [answer_logits(vlm.model, page).half() for page in pages] for name, pages in self.pages.items()
-        }
-        self.refused = self._refusals(self.benign, first=True)
+        self.refused = self._refuses_first(self.benign)
         self.original = self.figures(None)
 
     def _encode(self, prompts: Sequence[Prompt], kind: ImageKind) -> list[BatchFeature]:
@@ -98,35 +97,29 @@ class Bench:
         batches = (prompts[start : start + size] for start in range(0, len(prompts), size))
         return [encode(self.vlm, illustrated(batch, kind)) for batch in batches]
 
-    def _pages(self, transcripts: Transcripts) -> list[Page]:
-        return list(pages(self.vlm, transcripts, "encoding"))
+    def _answers(self, batches: Iterable[BatchFeature]) -> list[str]:
+        return [text for batch in batches for text in respond(self.vlm, batch)]
 
-    def _refusals(self, batches: Iterable[BatchFeature], first: bool) -> list[bool]:
-        says = self.judge.refuses_first if first else self.judge.refuses
-        return [says(text) for batch in batches for text in respond(self.vlm, batch)]
+    def _refuses_first(self, batches: Iterable[BatchFeature]) -> list[bool]:
+        return [self.judge.refuses_first(text) for text in self._answers(batches)]
 
-    def _kl(self, name: str) -> float:
-        total, count = 0.0, 0
-        for page, before in zip(self.pages[name], self.logits[name], strict=True):
-            after = answer_logits(self.vlm.model, page).log_softmax(-1)
-            reference = before.float().log_softmax(-1)
-            total += float(F.kl_div(after, reference, log_target=True, reduction="sum"))
-            count += len(after)
-        return total / max(1, count)
+    def _refuses(self, kind: ImageKind) -> list[bool]:
+        answers = self._answers(self.harmful[kind])
+        return [self.judge.refuses(p.text, a) for p, a in zip(self.part.harmful, answers, strict=True)]
 
     @torch.inference_mode()
     def figures(self, candidate: Candidate | None) -> Figures:
         """What the model does with the candidate's hooks attached; with None, as it is."""
         hooks = attached(self.vlm.model, Guard(candidate.interventions)) if candidate else nullcontext()
         with hooks:
-            pictured = [self._refusals(self.harmful[kind], first=False) for kind in PICTURED]
-            new = [now and not was for now, was in zip(self._refusals(self.benign, True), self.refused, strict=True)]
+            pictured = [refused for kind in PICTURED for refused in self._refuses(kind)]
+            new = [now and not was for now, was in zip(self._refuses_first(self.benign), self.refused, strict=True)]
             return Figures(
-                refusal=_share([each for kind in pictured for each in kind]),
-                text_refusal=_share(self._refusals(self.harmful["text"], first=False)),
+                refusal=_share(pictured),
+                text_refusal=_share(self._refuses("text")),
                 new_refusals=_share(new),
-                benign_kl=self._kl("benign"),
-                pictured_kl=self._kl("pictured"),
+                benign_kl=self.divergence["benign"].of(self.vlm.model),
+                pictured_kl=self.divergence["pictured"].of(self.vlm.model),
             )
 
     def try_all(self, candidates: Sequence[Candidate], what: str) -> list[Trial]:
@@ -189,11 +182,13 @@ def detector_of(gate: Gate) -> Detector:
     return Detector(gate.detector, gate.t0, gate.t1, gate.unit)
 
 
-def scrutinise(gate: Gate, held_out: Examples) -> dict[str, Any]:
-    """The detector on examples that it was neither fitted to nor chosen on: AUC per image kind, and where it fires.
+def scrutinise(vlm: VLM, gate: Gate, held_out: Examples) -> dict[str, Any]:
+    """The gate on examples that it was neither fitted to nor chosen on: AUC and share opened per image kind, where it
+    fires besides, and how far its ramp is from the ideal clip for several beta (largest difference, of a height of 1).
 
     Raises Refused if the AUC under pictures is below MIN_AUC: no better than a coin, it guards nothing.
     """
+    everything = torch.cat([held_out.positives, held_out.other.x])
     negatives = held_out.other.x @ gate.detector
     scores: dict[str, float] = {kind: auc(x @ gate.detector, negatives) for kind, x in held_out.harmful.items()}
     low = min((score, kind) for kind, score in scores.items() if kind != "text")
@@ -202,9 +197,17 @@ def scrutinise(gate: Gate, held_out: Examples) -> dict[str, Any]:
             f"the detector tells harmful prompts with a {low[1]} picture apart with an AUC of {low[0]:.2f} only "
             f"(at least {MIN_AUC}); more or better anchors are needed, nothing was written"
         )
-    detector = detector_of(gate)
-    opens = {kind: float((x @ gate.detector > gate.t0).double().mean()) for kind, x in held_out.harmful.items()}
-    return {"auc": scores, "opens": opens, "fires_elsewhere": firing(detector, held_out.other)}
+    parts = mlp_parts(vlm.layers[gate.layer])
+    ideal = ramp(everything, replace(gate, beta=math.inf), parts.act, parts.gated)
+    return {
+        "auc": scores,
+        "opens": {kind: float((x @ gate.detector > gate.t0).double().mean()) for kind, x in held_out.harmful.items()},
+        "fires_elsewhere": firing(detector_of(gate), held_out.other),
+        "distance_to_clip": {
+            f"{beta:g}": float((ramp(everything, replace(gate, beta=beta), parts.act, parts.gated) - ideal).abs().max())
+            for beta in sorted({64.0, 256.0, 1024.0, gate.beta})
+        },
+    }
 
 
 def sample_scores(gate: Gate, held_out: Examples, count: int = 200) -> dict[str, list[float]]:
