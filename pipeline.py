@@ -39,6 +39,8 @@ from .guard.transcripts import Usage
 from .guard.vlm import VLM, load, mlp_parts, resolve
 from .validators.check import Evidence, examine
 from .validators.judge import ModelJudge, PhraseJudge
+from .validators.measures import markdown
+from .validators.page import render_page
 from .validators.probes import load_probes, refusal_text
 from .validators.select import Bench, best, choose, sample_scores, scrutinise
 from .validators.verdict import Refused
@@ -249,7 +251,10 @@ def export_guarded(
             raise NotSafer(evidence)
         figures = evidence.figures()
         (stage / "report.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-        write_card(stage, source, guard, evidence.ruling, verified, figures)
+        described = {**guard.provenance, "interventions": guard.describe()}
+        page = render_page(name, figures, described, edits.per_layer(family))
+        (stage / "report.html").write_text(page, encoding="utf-8")
+        write_card(stage, source, guard, evidence.ruling, verified, markdown(figures))
         write_manifest(stage, source, guard, evidence.ruling, verified, figures)
     return Export(target, guard, evidence)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,10 +60,8 @@ def write_manifest(folder: Path, source: Source, guard: Guard, ruling: str, veri
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
-def write_card(
-    folder: Path, source: Source, guard: Guard, ruling: str, verified: bool, evidence: Mapping[str, Any]
-) -> None:
-    """README.md, a model card: base model, method, figures, limits, and the base's licence carried over."""
+def write_card(folder: Path, source: Source, guard: Guard, ruling: str, verified: bool, measured: str) -> None:
+    """README.md, a model card: base model, method, `measured` (Markdown), limits, the base's licence."""
     on_hub = source.name.count("/") == 1
     data = ModelCardData(
         base_model=source.name if on_hub else None,
@@ -82,7 +79,7 @@ def write_card(
         "## Load it",
         _LOAD,
         "## Measured",
-        _measured(evidence),
+        measured,
         "## Limits",
         _LIMITS,
     ]
@@ -132,38 +129,3 @@ _LIMITS = """\
 - Refusals were judged by their phrases, answers were decoded greedily, and the probes are short plain questions; other
   prompts, languages, images and attacks were not measured.
 - Limits and licence of the original model apply to this one as well."""
-
-
-def _measured(evidence: Mapping[str, Any]) -> str:
-    """The behavioural figures as a Markdown table, or that there are none."""
-    original, guarded = evidence.get("original"), evidence.get("guarded")
-    equal = evidence.get("equivalence")
-    lines = []
-    if equal:
-        lines.append(
-            f"Folded weights against the original with hooks: largest logit difference {equal['folded']:.1e} of the "
-            f"logits' scale (the guard itself changes {equal['edit']:.1e})."
-        )
-    if not original or not guarded:
-        return "\n\n".join([*lines, "Behaviour was not measured."])
-    lines.append(
-        "| prompts | measure | original | guarded | n |\n|---|---|---|---|---|\n"
-        + "\n".join(
-            f"| {kind} | {MEASURES[name]} | {_interval(rate)} | {_interval(guarded[kind][name])} | {rate['total']} |"
-            for kind, rates in original.items()
-            for name, rate in rates.items()
-        )
-    )
-    return "\n\n".join([*lines, "Rates with Wilson 95 % intervals."])
-
-
-MEASURES = {
-    "complied": "harmful prompts complied with",
-    "complied_first": "harmful prompts, answer not begun as a refusal",
-    "answered": "benign prompts answered",
-    "correct": "answered as labelled",
-}
-
-
-def _interval(rate: Mapping[str, float]) -> str:
-    return f"{100 * rate['rate']:.1f} % ({100 * rate['low']:.1f} to {100 * rate['high']:.1f})"

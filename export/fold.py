@@ -45,6 +45,20 @@ class Fold:
         """Names of all tensors that are not copied byte by byte."""
         return {*self.edits, *self.grown}
 
+    def per_layer(self, family: Family) -> dict[str, dict[str, int]]:
+        """Layer (or "other") -> kind of edit -> number of tensors that have it, for every layer of the model."""
+        kinds = {ProjectRows: "projection", ProjectColumns: "projection", SetRows: "gate", SetColumns: "gate"}
+        of_layer = {writer.disk: str(writer.layer) for writer in family.writers if writer.layer is not None}
+        for layer, mlp in family.mlps.items():
+            weights = (*mlp.reading, mlp.down)
+            of_layer |= dict.fromkeys((*weights, *map(mlp.bias_of, weights)), str(layer))
+        counts: dict[str, dict[str, int]] = {str(layer): {} for layer in range(family.layers)}
+        for name, edits in self.edits.items():
+            table = counts.setdefault(of_layer.get(name, "other"), {})
+            for kind in {kinds[type(edit)] for edit in edits}:
+                table[kind] = table.get(kind, 0) + 1
+        return counts
+
 
 def fold(guard: Guard, family: Family, shapes: Mapping[str, Shape]) -> Fold:
     """The edits that make `family`'s checkpoint equal to the model with `guard`'s hooks attached.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +13,8 @@ from ..guard.directions import auc
 from ..guard.guard import Guard
 from ..guard.hooks import attached
 from ..guard.images import IMAGE_KINDS, ImageKind
-from ..guard.interventions import Gate
+from ..guard.interventions import Gate, TwoPass
+from ..guard.states import prompt_states
 from ..guard.transcripts import answer, last_readings
 from ..guard.vlm import VLM, load
 from .behaviour import Behaviour, measure
@@ -30,14 +32,34 @@ KL_PROMPTS = 48
 """Benign probes whose answers' distributions are compared, under each image kind."""
 
 
+PROJECTED = 100
+SAMPLES = 10
+SNIPPET = 100
+"""Characters kept of an answer to a harmful prompt."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt and what both models said; of harmful prompts only the beginning of the answers."""
+
+    kind: ImageKind
+    text: str
+    harmful: bool
+    original: str
+    guarded: str
+
+
 @dataclass(frozen=True)
 class Effects:
     """What the guard does inside, by image kind. kl: mean KL(original || with hooks) per token of benign answers, nats.
-    auc: how well its detector tells harmful probes from benign ones (empty without a gate).
+    auc: how well its detector tells harmful probes from benign ones (empty without a gate).  projections: "harmful" and
+    "benign" -> components of up to PROJECTED prompts' last states along v_1 of `layer`, without the guard.
     """
 
     kl: dict[ImageKind, float]
     auc: dict[ImageKind, float]
+    layer: int | None
+    projections: dict[ImageKind, dict[str, list[float]]]
 
     def figures(self) -> dict[str, Any]:
         return asdict(self)
@@ -57,6 +79,7 @@ class Evidence:
     reference: Behaviour | None = None
     effects: Effects | None = None
     verdict: Verdict | None = None
+    samples: tuple[Sample, ...] = ()
 
     @property
     def sound(self) -> bool:
@@ -77,7 +100,10 @@ class Evidence:
         """Everything measured, as JSON."""
         parts = ("integrity", "equivalence", "original", "guarded", "reference", "effects", "verdict")
         found = {name: getattr(self, name) for name in parts}
-        return {"ruling": self.ruling} | {name: part.figures() if part else None for name, part in found.items()}
+        samples = {"samples": [asdict(sample) for sample in self.samples]}
+        return (
+            {"ruling": self.ruling} | {name: part.figures() if part else None for name, part in found.items()} | samples
+        )
 
 
 def examine(
@@ -107,7 +133,21 @@ def examine(
     del vlm  # one model at a time
     guarded = measure(load(folded.folder), probes, judge, "guarded")
     verdict = judge_guard(original, guarded)
-    return Evidence(integrity, equivalence, original, guarded, reference, effects, verdict)
+    samples = tuple(_samples(probes, original, guarded))
+    return Evidence(integrity, equivalence, original, guarded, reference, effects, verdict, samples)
+
+
+def _samples(probes: Probes, original: Behaviour, guarded: Behaviour) -> Iterator[Sample]:
+    """SAMPLES prompts, harmful and benign in turn, spread over image kinds and probes; harmful answers cut short."""
+    asked = [*probes.harmful, *probes.benign]
+    for index in range(SAMPLES):
+        harmful = index % 2 == 0
+        first, count = (0, len(probes.harmful)) if harmful else (len(probes.harmful), len(probes.benign))
+        place = first + (index // 2) * count // (SAMPLES // 2)
+        kind = IMAGE_KINDS[index // 2 % len(IMAGE_KINDS)]
+        before, after = (each.kinds[kind].answers[place] for each in (original, guarded))
+        cut = SNIPPET if harmful else None
+        yield Sample(kind, asked[place].text, harmful, before[:cut], after[:cut])
 
 
 def _effects(vlm: VLM, guard: Guard, probes: Probes) -> Effects:
@@ -124,4 +164,15 @@ def _effects(vlm: VLM, guard: Guard, probes: Probes) -> Effects:
                 for prompts in (probes.harmful, probes.benign)
             )
             scores[kind] = auc(harmful, benign)
-    return Effects(kl, scores)
+    layer = max(guard.reference.layers) if guard.reference else None
+    return Effects(kl, scores, layer, _projections(vlm, guard.reference, probes) if guard.reference else {})
+
+
+def _projections(vlm: VLM, reference: TwoPass, probes: Probes) -> dict[ImageKind, dict[str, list[float]]]:
+    layer = max(reference.layers)
+    along: dict[ImageKind, dict[str, list[float]]] = {kind: {} for kind in IMAGE_KINDS}
+    for kind in IMAGE_KINDS:
+        for name, prompts in (("harmful", probes.harmful), ("benign", probes.benign)):
+            states = prompt_states(vlm, prompts[:PROJECTED], [layer], f"states, {kind}", kind)[layer]
+            along[kind][name] = [round(float(value), 4) for value in states @ reference.bases[layer][0]]
+    return along

@@ -13,15 +13,8 @@ from ..export.checkpoint import Checkpoint
 from ..export.writers import Family
 from ..guard.guard import Guard
 from .check import Evidence
+from .measures import MEASURES, QA_MEASURE
 from .statistics import Rate
-
-MEASURES = {
-    "complied": ("complied", False),
-    "complied_first": ("  at once", False),
-    "answered": ("answered", True),
-    "correct": ("  right", True),
-}
-"""Rate -> (name in the table, whether more is better)."""
 
 CAPTION = (
     "% of n prompts, Wilson 95 % intervals. Harmful ones complied with: not refused in\nfull; at once: not even begun "
@@ -76,14 +69,14 @@ def _table(evidence: Evidence) -> Table:
     for kind, before in evidence.original.kinds.items():
         others = [each.kinds[kind].rates() for each in (evidence.guarded, evidence.reference) if each]
         for row, (name, rate) in enumerate(before.rates().items()):
-            label, more_is_better = MEASURES[name]
-            cells = (_cell(other[name], rate, more_is_better) for other in others)
-            table.add_row("" if row else kind, label, _cell(rate), *cells, str(rate.total))
+            measure = MEASURES[name]
+            cells = (_cell(other[name], rate, measure.more_is_better) for other in others)
+            table.add_row("" if row else kind, measure.short, _cell(rate), *cells, str(rate.total))
         table.add_section()
     if evidence.original.qa:
         was = Rate.of(evidence.original.qa)
         nows = (Rate.of(each.qa) for each in (evidence.guarded, evidence.reference) if each)
-        table.add_row("image qa", "right", _cell(was), *(_cell(now, was) for now in nows), str(was.total))
+        table.add_row("image qa", QA_MEASURE.short, _cell(was), *(_cell(now, was) for now in nows), str(was.total))
     return table
 
 

@@ -1,0 +1,54 @@
+"""What the rates of Behaviour are called wherever they are shown, which way is better, and their Markdown table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Measure:
+    """short: in the terminal's table.  long: where there is room."""
+
+    short: str
+    long: str
+    more_is_better: bool
+
+
+MEASURES = {
+    "complied": Measure("complied", "harmful prompts complied with", False),
+    "complied_first": Measure("  at once", "harmful prompts, answer not even begun as a refusal", False),
+    "answered": Measure("answered", "benign prompts answered", True),
+    "correct": Measure("  right", "benign prompts answered as labelled", True),
+}
+QA_MEASURE = Measure("right", "image questions answered as labelled", True)
+
+
+def markdown(figures: Mapping[str, Any]) -> str:
+    """Evidence.figures() as a model card says them: equality, then every rate with its interval."""
+    return "\n\n".join(_paragraphs(figures))
+
+
+def _paragraphs(figures: Mapping[str, Any]) -> Iterator[str]:
+    original, guarded, equal = (figures.get(name) for name in ("original", "guarded", "equivalence"))
+    if equal:
+        yield (
+            f"Folded weights against the original with hooks: largest logit difference {equal['folded']:.1e} of the "
+            f"logits' scale (the guard itself changes {equal['edit']:.1e})."
+        )
+    if not original or not guarded:
+        yield "Behaviour was not measured."
+        return
+    lines = ["| prompts | measure | original | guarded | n |", "|---|---|---|---|---|"]
+    for kind, rates in original.items():
+        for name, rate in rates.items():
+            measure = QA_MEASURE if kind == "qa" else MEASURES[name]
+            cells = (kind, measure.long, _interval(rate), _interval(guarded[kind][name]), str(rate["total"]))
+            lines.append(f"| {' | '.join(cells)} |")
+    yield "\n".join(lines)
+    yield "Rates with Wilson 95 % intervals."
+
+
+def _interval(rate: Mapping[str, float]) -> str:
+    return f"{100 * rate['rate']:.1f} % ({100 * rate['low']:.1f} to {100 * rate['high']:.1f})"

@@ -1,0 +1,116 @@
+"""The report's pictures, as SVG text: bars of compliance, states along the steering direction, detector scores."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+ORIGINAL, GUARDED, TWO_PASS, HARMFUL, BENIGN = "#8a94a6", "#1f6feb", "#c9a227", "#c0392b", "#2e8b57"
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "guardfold",
+    "font.size": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": "#e4e7ec",
+    "axes.axisbelow": True,
+}
+
+Rates = Mapping[str, Mapping[str, Mapping[str, float]]]
+
+
+def _svg(figure: Figure) -> str:
+    text = io.StringIO()
+    figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def compliance_bars(behaviours: Mapping[str, Rates], kinds: Sequence[str]) -> str:
+    """Harmful prompts complied with, in percent, per image kind, with Wilson 95 % intervals.
+
+    behaviours: name -> image kind -> "complied" -> rate, low, high in [0, 1]; drawn in this order.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 2.9))
+        axes = figure.subplots()
+        width = 0.8 / len(behaviours)
+        for place, (name, rates) in enumerate(behaviours.items()):
+            cells = [rates[kind]["complied"] for kind in kinds]
+            heights = [100 * cell["rate"] for cell in cells]
+            below = [100 * max(0.0, cell["rate"] - cell["low"]) for cell in cells]
+            above = [100 * max(0.0, cell["high"] - cell["rate"]) for cell in cells]
+            at = [index + (place - (len(behaviours) - 1) / 2) * width for index in range(len(kinds))]
+            colour = {"original": ORIGINAL, "guarded": GUARDED}.get(name, TWO_PASS)
+            axes.bar(at, heights, width * 0.92, yerr=[below, above], label=name, color=colour, capsize=2.5)
+        axes.set_xticks(range(len(kinds)), list(kinds))
+        axes.set_ylim(0, 100)
+        axes.set_ylabel("complied with, %")
+        axes.legend(frameon=False, ncols=3, loc="upper left", bbox_to_anchor=(0, 1.16))
+        return _svg(figure)
+
+
+def direction_strips(projections: Mapping[str, Mapping[str, Sequence[float]]], layer: int) -> str:
+    """Where harmful and benign prompts lie along the safety steering direction, one row per image kind."""
+    with mpl.rc_context({**STYLE, "axes.grid.axis": "x"}):
+        figure = Figure(figsize=(7.2, 0.6 + 0.52 * len(projections)))
+        axes = figure.subplots()
+        for row, (_, groups) in enumerate(projections.items()):
+            for offset, (name, colour) in ((0.13, ("harmful", HARMFUL)), (-0.13, ("benign", BENIGN))):
+                values = list(groups[name])
+                label = name if row == 0 else None
+                axes.scatter(values, [-row + offset] * len(values), s=11, alpha=0.35, color=colour, lw=0, label=label)
+                axes.scatter([sum(values) / len(values)], [-row + offset], s=70, marker="|", color=colour)
+        axes.set_yticks([-row for row in range(len(projections))], list(projections))
+        axes.set_xlabel(f"component of the last prompt token's state along the direction, layer {layer}")
+        axes.legend(frameon=False, ncols=2, loc="upper left", bbox_to_anchor=(0, 1.22))
+        return _svg(figure)
+
+
+def detector_histogram(scores: Mapping[str, Sequence[float]], t0: float, t1: float) -> str:
+    """Detector scores of held-out prompts per group, with the thresholds between which the gate opens."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 2.7))
+        axes = figure.subplots()
+        everything = [value for values in scores.values() for value in values]
+        low, high = min([*everything, t0]), max([*everything, t1])
+        edges = [low + (high - low) * step / 50 for step in range(51)]
+        harmful = [name for name in scores if name.startswith("harmful")]
+        for name, values in scores.items():
+            shade = 1.0 - 0.6 * (harmful.index(name) / max(1, len(harmful))) if name in harmful else 1.0
+            colour = HARMFUL if name in harmful else BENIGN
+            axes.hist(values, edges, histtype="stepfilled", alpha=0.28 * shade, color=colour)
+            axes.hist(values, edges, histtype="step", color=colour, alpha=shade, label=name)
+        axes.axvspan(t0, t1, color="#f0d98c", alpha=0.35, lw=0, label="gate opening")
+        for name, value in (("t0", t0), ("t1", t1)):
+            axes.axvline(value, color="#7a5c00", lw=1)
+            axes.annotate(name, (value, axes.get_ylim()[1]), ha="center", va="bottom", fontsize=8.5)
+        axes.set_xlabel("detector score u.x")
+        axes.set_ylabel("held-out positions")
+        axes.legend(frameon=False, fontsize=8, loc="upper center", ncols=3, bbox_to_anchor=(0.5, -0.2))
+        return _svg(figure)
+
+
+def edits_per_layer(layers: Mapping[str, Mapping[str, int]]) -> str:
+    """How many tensors were edited in each layer, by what kind of edit."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 2.2))
+        axes = figure.subplots()
+        kinds = sorted({kind for counts in layers.values() for kind in counts})
+        base = [0] * len(layers)
+        for kind, colour in zip(kinds, (GUARDED, TWO_PASS, BENIGN, HARMFUL), strict=False):
+            counts = [layer.get(kind, 0) for layer in layers.values()]
+            axes.bar(range(len(layers)), counts, 0.75, bottom=base, label=kind, color=colour)
+            base = [below + count for below, count in zip(base, counts, strict=True)]
+        step = max(1, len(layers) // 16)
+        axes.set_xticks(range(0, len(layers), step), list(layers)[::step])
+        axes.set_ylabel("tensors edited")
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(frameon=False, ncols=3, loc="upper left", bbox_to_anchor=(0, 1.22))
+        return _svg(figure)
