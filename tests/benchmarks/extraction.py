@@ -1,0 +1,89 @@
+"""Where the time goes when a gate is made for a 300 M LLaVA: python tests/benchmarks/extraction.py [--pairs 100]
+
+The model is random and has the demo's processor (24-pixel pictures, 9 image tokens), so only times mean anything. One
+candidate is timed and multiplied by the number that selection tries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from guardfold.guard.calibration import deal, examples, load_benign
+from guardfold.guard.directions import extract
+from guardfold.guard.presets import GAINS, LAYER_SETS, STRENGTHS, Material, gate_layers, gates
+from guardfold.guard.prompts import Prompt, encode, load_anchors
+from guardfold.guard.states import forward
+from guardfold.guard.transcripts import Usage
+from guardfold.guard.vlm import load, mlp_parts, resolve
+from guardfold.validators.judge import PhraseJudge
+from guardfold.validators.select import Bench
+
+TEXT = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 18, "num_attention_heads": 16}
+
+
+def random_llava(folder: Path) -> int:
+    """Writes a random LLaVA with the demo's processor into `folder`; returns its number of parameters."""
+    demo, _ = resolve("demo")
+    shutil.copytree(demo, folder)
+    config = AutoConfig.from_pretrained(demo)
+    for name, value in {**TEXT, "num_key_value_heads": TEXT["num_attention_heads"], "head_dim": 64}.items():
+        setattr(config.text_config, name, value)
+    torch.manual_seed(0)
+    model: Any = AutoModelForImageTextToText.from_config(config)
+    model.save_pretrained(folder)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", type=int, default=100)
+    given = parser.parse_args()
+    seconds: dict[str, float] = {}
+
+    def timed(stage: str, work: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        result = work()
+        seconds[stage] = time.perf_counter() - start
+        return result
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        print(f"{random_llava(folder) / 1e6:.0f} M parameters, {given.pairs} pairs, {torch.get_num_threads()} threads")
+        vlm = timed("load", lambda: load(folder))
+        batch = encode(vlm, [Prompt("how do i bake the bread ?")] * vlm.batch_size)
+        with torch.inference_mode():
+            start = time.perf_counter()
+            for _ in range(5):
+                forward(vlm.model.base_model, batch, use_cache=False)
+        print(f"one forward: {(time.perf_counter() - start) / 5:.2f} s for {vlm.batch_size} prompts")
+        anchors = load_anchors(folder / "anchors.jsonl").head(given.pairs)
+        parts = deal(anchors, load_benign(folder / "benign.jsonl")[: given.pairs])
+        layers, usage = gate_layers(len(vlm.layers)), dict[int, Usage]()
+        directions = timed("directions", lambda: extract(vlm, parts["fit"].anchors, range(len(vlm.layers))))
+        fit = timed("examples: fit", lambda: examples(vlm, parts["fit"], layers, "fit", usage))
+        threshold = timed("examples: threshold", lambda: examples(vlm, parts["threshold"], layers, "threshold"))
+        importance = {layer: usage[layer].importance(mlp_parts(vlm.layers[layer]).down.weight) for layer in layers}
+        material = Material(fit, threshold, importance, directions, biases=False, recycle=True, beta=256.0)
+        candidates = timed("fitting detectors", lambda: list(gates(material)))
+        bench = timed("bench: the original", lambda: Bench(vlm, parts["select"], PhraseJudge()))
+        tried = len(candidates) + len(LAYER_SETS) * len(STRENGTHS)
+        timed("one candidate", lambda: bench.figures(candidates[0]))
+        seconds[f"{tried} candidates (extrapolated)"] = tried * seconds.pop("one candidate")
+    total = sum(seconds.values())
+    for stage, spent in seconds.items():
+        print(f"{stage:32} {spent:8.1f} s  {spent / total:5.1%}")
+    print(f"{len(candidates)} gates over layers {layers}, gains {GAINS}")
+
+
+if __name__ == "__main__":
+    main()
