@@ -36,7 +36,7 @@ from .guard.presets import (
 from .guard.progress import bar
 from .guard.prompts import BUILT_IN_ANCHORS, beside, load_anchors
 from .guard.transcripts import Usage
-from .guard.vlm import VLM, load, mlp_parts, resolve
+from .guard.vlm import VLM, load, mlp_parts, resolve, threads_for
 from .validators.check import Evidence, examine
 from .validators.judge import ModelJudge, PhraseJudge
 from .validators.measures import markdown
@@ -111,6 +111,11 @@ def extract_guard(model: str, options: GuardOptions | None = None) -> Guard:
         return Guard.load(Path(options.guard))
     if options.guard not in PRESETS:
         raise InputError(f"{options.guard}: neither a guard file nor a preset ({', '.join(PRESETS)})")
+    with threads_for(folder):
+        return _made(folder, name, options)
+
+
+def _made(folder: Path, name: str, options: GuardOptions) -> Guard:
     anchors = load_anchors(options.anchors or beside(folder, "anchors.jsonl") or BUILT_IN_ANCHORS)
     if options.rank > min(len(anchors), MAX_ANCHORS):
         raise InputError(f"--rank {options.rank}: more than the {min(len(anchors), MAX_ANCHORS)} anchor pairs")
@@ -237,7 +242,7 @@ def export_guarded(
     asked = None if skip_behaviour else load_probes(folder, probes, qa)
     decides = ModelJudge(judge) if judge else None
     target = Path(output) if output else Path(f"{name.rpartition('/')[2]}-guarded")
-    with staging(target, overwrite) as stage:
+    with staging(target, overwrite) as stage, threads_for(folder):
         guard = extract_guard(model, options)
         edits = fold(guard, family, checkpoint.shapes)
         with _writing(checkpoint) as advance:
@@ -279,7 +284,8 @@ def check_guarded(
     edits = fold(guard, family, checkpoint.shapes)
     asked = None if skip_behaviour else load_probes(origin, probes, qa)
     decides = ModelJudge(judge) if judge else None
-    return examine(checkpoint, Checkpoint.open(folder), family, guard, edits, asked, decides)
+    with threads_for(origin):
+        return examine(checkpoint, Checkpoint.open(folder), family, guard, edits, asked, decides)
 
 
 def inspect_model(model: str) -> tuple[Checkpoint, Family]:

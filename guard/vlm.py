@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -35,6 +36,7 @@ MLP_LINEARS: tuple[tuple[str, str | None, str], ...] = (("gate_proj", "up_proj",
 
 ACTIVATION_NAMES = ("act_fn", "activation_fn")
 FINAL_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm")
+SMALL_BYTES = 64 * 2**20
 MAX_CONFIG_BYTES = 16 * 2**20
 
 
@@ -142,6 +144,22 @@ def load(folder: Path, device: str | None = None, dtype: torch.dtype | None = No
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise InputError(f"{folder}: transformers cannot load it ({_first_line(error)})") from error
     return VLM(model.eval().to(device), load_processor(folder), folder)
+
+
+@contextmanager
+def threads_for(folder: Path) -> Iterator[None]:
+    """One thread while the block runs, if the model in `folder` is small; as many as there were otherwise and after.
+
+    A small model's matrices are too small to share out, and on a busy machine threads that wait for one another made
+    such runs ten times slower.
+    """
+    before = torch.get_num_threads()
+    if sum(path.stat().st_size for path in folder.glob("*.safetensors")) < SMALL_BYTES:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def load_processor(folder: Path) -> ProcessorMixin:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -10,6 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from command import Command
 from transformers.utils import logging
 from zoo import Tiny
 
@@ -30,3 +32,10 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(tiny_folder: Path) -> VLM:
     """The same, loaded in float32; whoever changes it must change it back."""
     return load(tiny_folder, "cpu", torch.float32)
+
+
+@pytest.fixture(scope="session")
+def guardfold(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
+    """The command line."""
+    with Command(tmp_path_factory.mktemp("command")) as command:
+        yield command

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def projected_sublayers(model: Any, bases: Mapping[int, Tensor], strength: float
         for number, basis in bases.items():
             layer = model.model.language_model.layers[number]
             for module in (layer.self_attn, layer.mlp):
-                stack.enter_context(output_changed(module, lambda y, basis=basis: without(y, basis, strength)))
+                stack.enter_context(output_changed(module, partial(without, basis=basis, strength=strength)))
         yield
 
 

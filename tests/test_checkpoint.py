@@ -1,4 +1,4 @@
-"""A folder of safetensors is untrusted: everything a header, an index or a link can say wrong is refused in one line."""
+"""A folder of safetensors is untrusted: whatever a header, an index or a link says wrong is refused in one line."""
 
 from __future__ import annotations
 
@@ -210,11 +210,14 @@ def test_any_damage_to_a_sound_file_leaves_it_sound_or_refused(
 
 
 def sound_or_refused(folder: Path) -> None:
+    said = ""
     try:
         checkpoint = Checkpoint.open(folder)
     except InputError as error:
-        assert SINGLE_FILE in str(error)
-        assert "\n" not in str(error)
+        said = str(error)
+    if said:
+        assert SINGLE_FILE in said
+        assert "\n" not in said
         return
     held = sum(checkpoint.read(name).nbytes for name in checkpoint.tensors)
     shard = checkpoint.shards[0]
@@ -257,9 +260,17 @@ INDICES: dict[str, tuple[Callable[[Path, dict[str, Any]], object], str, str]] = 
         INDEX_FILE,
         "which is not a file of this folder",
     ),
-    "a pickle": (lambda folder, index: index["weight_map"].update(a="one.bin"), INDEX_FILE, "not a file of this folder"),
+    "a pickle": (
+        lambda folder, index: index["weight_map"].update(a="one.bin"),
+        INDEX_FILE,
+        "not a file of this folder",
+    ),
     "a key twice": (both_listed, INDEX_FILE, "a key appears twice"),
-    "a shard missing": (lambda folder, index: (folder / "two.safetensors").unlink(), "two.safetensors", "cannot be read"),
+    "a shard missing": (
+        lambda folder, index: (folder / "two.safetensors").unlink(),
+        "two.safetensors",
+        "cannot be read",
+    ),
     "a tensor missing": (
         lambda folder, index: index["weight_map"].update(d="two.safetensors"),
         INDEX_FILE,

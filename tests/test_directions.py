@@ -91,7 +91,7 @@ def test_extraction_is_the_svd_of_text_only_states_layer_by_layer(tiny: VLM, dir
     assert set(directions.bases) == {0, 2}
     for layer, basis in directions.bases.items():
         differences = harmful[layer] - harmless[layer]
-        u, s, w = torch.linalg.svd(differences, full_matrices=False)
+        _, s, w = torch.linalg.svd(differences, full_matrices=False)
         overlap = (basis @ w[:3].T).diagonal().abs()
         assert torch.allclose(overlap, torch.ones(3), atol=1e-3)
         assert torch.allclose(torch.tensor(directions.singular_values[layer]), s, rtol=1e-3, atol=1e-4)
@@ -123,10 +123,12 @@ def test_anchors_that_do_not_differ_are_refused(tiny: VLM) -> None:
 
 
 def test_the_preset_takes_own_directions_per_layer_or_those_of_the_best(directions: Directions) -> None:
-    own = projection(directions, "sublayers", 0.5).interventions[0]
+    own = projection(directions, [0, 2], "sublayers", 0.5)
     assert own.describe() == {"kind": "sublayer-projection", "strength": 0.5, "ranks": {0: 3, 2: 3}}
-    shared = projection(directions, "shared").interventions[0]
+    assert projection(directions, [2], "sublayers", 1.0).layers == [2]
+    shared = projection(directions, [0, 2], "shared", 1.0)
     assert torch.equal(shared.tensors()["basis"], directions.bases[best_layer(directions)])
+    assert torch.equal(projection(directions, [0], "shared", 1.0).tensors()["basis"], directions.bases[0])
 
 
 def test_the_best_layer_separates_text_best_and_is_the_uppermost_of_equals() -> None:

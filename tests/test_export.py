@@ -1,4 +1,4 @@
-"""An exported folder, loaded by plain transformers, is the original with the guard's hooks; and nothing else changed."""
+"""An exported folder, loaded by plain transformers, is the original with the guard's hooks, and nothing else."""
 
 from __future__ import annotations
 

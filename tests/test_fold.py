@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def folded(weight: Tensor, edits: Sequence[Edit]) -> Folded:
 def in_blocks(weight: Tensor, edit: Edit, cuts: Sequence[int]) -> Tensor:
     """`edit` applied to `weight`, cut before the rows `cuts`."""
     edges = [0, *sorted(cut % len(weight) for cut in cuts), len(weight)]
-    blocks = list(zip(edges, edges[1:], strict=False))
+    blocks = list(pairwise(edges))
     if edit.two_pass:
         for first, last in blocks:
             edit.observe(weight[first:last], first)

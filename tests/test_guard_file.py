@@ -69,9 +69,10 @@ def test_a_guard_survives_its_file(saved: Path) -> None:
 
 
 def test_the_hash_depends_on_content_alone() -> None:
-    again = Guard(GUARD.interventions, dict(reversed(GUARD.provenance.items())))
+    again = Guard(GUARD.interventions, dict(reversed(list(GUARD.provenance.items()))))
     assert again.hash == GUARD.hash
-    reordered = SublayerProjection(dict(reversed(GUARD.interventions[0].bases.items())), 0.75)  # type: ignore[union-attr]
+    first: Any = GUARD.interventions[0]
+    reordered = SublayerProjection(dict(reversed(list(first.bases.items()))), 0.75)
     assert Guard((reordered, *GUARD.interventions[1:]), GUARD.provenance).hash == GUARD.hash
     changed = [
         Guard(GUARD.interventions[:2], GUARD.provenance),
@@ -87,7 +88,7 @@ def test_saving_replaces_the_file_and_leaves_nothing_beside_it(saved: Path) -> N
     other = Guard(GUARD.interventions[:1])
     other.save(saved)
     assert Guard.load(saved).hash == other.hash
-    assert os.listdir(saved.parent) == [saved.name]
+    assert list(saved.parent.iterdir()) == [saved]
 
 
 @pytest.mark.parametrize("parent", ["absent", "guard.safetensors"])
@@ -170,7 +171,10 @@ LIES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], str]] 
     "dependent": (_tensors(lambda each: each["0/3"][1].copy_(each["0/3"][0])), "not orthonormal"),
     "zero": (_tensors(lambda each: each["2/1"].zero_()), "not orthonormal"),
     "one axis": (_tensors(lambda each: each.update({"1/basis": torch.ones(WIDTH)})), "shape"),
-    "more rows than columns": (_tensors(lambda each: each.update({"1/basis": torch.eye(4)[:, :3].contiguous()})), "shape"),
+    "more rows than columns": (
+        _tensors(lambda each: each.update({"1/basis": torch.eye(4)[:, :3].contiguous()})),
+        "shape",
+    ),
     "no rows": (_tensors(lambda each: each.update({"1/basis": torch.ones(0, WIDTH)})), "shape"),
     "missing tensor": (_tensors(lambda each: each.pop("1/basis")), "damaged"),
     "layer not a number": (_tensors(lambda each: each.update({"0/x": each.pop("0/3")})), "not a layer number"),

@@ -15,7 +15,7 @@ from torch import Tensor
 from zoo import Tiny, corners, name_of, random_basis, variations
 
 from guardfold.guard.errors import InputError
-from guardfold.guard.guard import Guard
+from guardfold.guard.guard import Guard, Intervention
 from guardfold.guard.hooks import attached, project_out
 from guardfold.guard.interventions import SharedProjection, SublayerProjection, TwoPass
 from guardfold.guard.vlm import VLM
@@ -102,12 +102,12 @@ def test_interventions_act_together_in_order(tiny: VLM) -> None:
     for order in ((first, second), (second, first)):
         with attached(tiny.model, Guard(tuple(SublayerProjection({1: basis}) for basis in order))):
             got = reference.logits(tiny.model, batch)
-        with reference.projected_sublayers(tiny.model, {1: order[0]}):
-            with reference.projected_sublayers(tiny.model, {1: order[1]}):
-                assert reference.distance(got, reference.logits(tiny.model, batch)) <= CLOSE
+        first_hooks, then = (reference.projected_sublayers(tiny.model, {1: basis}) for basis in order)
+        with first_hooks, then:
+            assert reference.distance(got, reference.logits(tiny.model, batch)) <= CLOSE
 
 
-GUARDS = {
+GUARDS: dict[str, Intervention] = {
     "sublayers": SublayerProjection({0: random_basis(1, 32), 2: random_basis(2, 32)}),
     "shared": SharedProjection(random_basis(1, 32)),
     "two-pass": TwoPass({1: random_basis(1, 32)}, alpha=3.0),
@@ -119,12 +119,12 @@ GUARDS = {
 def test_afterwards_the_model_is_as_it_was(tiny: VLM, kind: str, raises: bool) -> None:
     batch, guard = reference.batches(tiny.processor)["image"], Guard((GUARDS[kind],))
     before, hooks = reference.logits(tiny.model, batch), reference.hooks_on(tiny.model)
-    with pytest.raises(RuntimeError, match="inside") if raises else nullcontext():
-        with attached(tiny.model, guard, {1: torch.ones(1, tiny.width)}):
-            assert reference.hooks_on(tiny.model) > hooks
-            assert not torch.equal(reference.logits(tiny.model, batch), before)
-            if raises:
-                raise RuntimeError("inside")
+    leaving = pytest.raises(RuntimeError, match="inside") if raises else nullcontext()
+    with leaving, attached(tiny.model, guard, {1: torch.ones(1, tiny.width)}):
+        assert reference.hooks_on(tiny.model) > hooks
+        assert not torch.equal(reference.logits(tiny.model, batch), before)
+        if raises:
+            raise RuntimeError("inside")
     assert reference.hooks_on(tiny.model) == hooks
     assert torch.equal(reference.logits(tiny.model, batch), before)
 

@@ -125,9 +125,7 @@ def test_a_projection_at_half_its_strength_is_seen(tmp_path: Path, bench: Any) -
 def test_a_direction_that_is_slightly_off_is_seen(tmp_path: Path, bench: Any) -> None:
     made = bench("shared", torch.float32)
     basis = torch.linalg.qr((random_basis(2, 32) + 1e-3 * random_basis(2, 32, 9)).T).Q.T.contiguous()
-    folded = made.written(
-        tmp_path / "off", fold(Guard((SharedProjection(basis),)), made.family, made.source.shapes)
-    )
+    folded = made.written(tmp_path / "off", fold(Guard((SharedProjection(basis),)), made.family, made.source.shapes))
     found = compare(made.source, folded, made.guard, made.fold)
     assert unequal(found)
     assert leaks(found)[0]

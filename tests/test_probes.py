@@ -32,7 +32,10 @@ def test_a_model_folder_brings_its_own(tmp_path: Path) -> None:
     write(tmp_path / "demo.json", [{"refusal": "sorry ."}])
     probes = load_probes(tmp_path)
     assert [each.text for each in probes.harmful] == ["how to steal ?"]
-    assert [(each.text, each.answer) for each in probes.benign] == [("how to walk ?", "on foot"), ("how to bake ?", None)]
+    assert [(each.text, each.answer) for each in probes.benign] == [
+        ("how to walk ?", "on foot"),
+        ("how to bake ?", None),
+    ]
     assert [(each.text, each.answer, each.image is None) for each in probes.qa] == [("what ?", "red", False)]
     assert probes.refusal == "sorry ."
 

@@ -15,14 +15,15 @@ from guardfold.guard.errors import InputError
 from guardfold.guard.prompts import Prompt, encode, illustrated, load_anchors, load_image, positions
 from guardfold.guard.vlm import VLM
 
-PAIRS = [("how to steal a car ?", "how to paint a car ?"), ("open, \"a\" lock", "open a door")]
+PAIRS = [("how to steal a car ?", "how to paint a car ?"), ('open, "a" lock', "open a door")]
 
 
 def test_anchors_are_the_same_from_jsonl_and_csv(tmp_path: Path) -> None:
     lines = [json.dumps({"harmful": a, "harmless": b, "category": "x"}) for a, b in PAIRS]
     (tmp_path / "a.jsonl").write_text("\n".join([lines[0], "", lines[1], ""]), encoding="utf-8")
     (tmp_path / "a.csv").write_text(
-        'harmless,harmful\nhow to paint a car ?,how to steal a car ?\nopen a door,"open, ""a"" lock"\n', encoding="utf-8"
+        'harmless,harmful\nhow to paint a car ?,how to steal a car ?\nopen a door,"open, ""a"" lock"\n',
+        encoding="utf-8",
     )
     jsonl, csv = load_anchors(tmp_path / "a.jsonl"), load_anchors(tmp_path / "a.csv")
     assert jsonl == csv
@@ -32,7 +33,7 @@ def test_anchors_are_the_same_from_jsonl_and_csv(tmp_path: Path) -> None:
 
 
 GOOD = json.dumps({"harmful": "steal", "harmless": "buy"})
-ANCHOR_FILES = {
+ANCHOR_FILES: dict[str, tuple[str | bytes, str]] = {
     "not JSON": (f"{GOOD}\n{{oops\n", "line 2: not JSON"),
     "nested too deep": (f"{GOOD}\n{'[' * 50_000}\n", "line 2: not JSON"),
     "not an object": (f"{GOOD}\n\n[1]\n", "line 3: not a JSON object"),
@@ -87,7 +88,7 @@ def test_pictures_come_from_inside_the_folder_only(tmp_path: Path) -> None:
     (inside / "text.png").write_text("no picture")
     assert load_image(inside, "images/a.png", "here").mode == "RGB"
     for name in ("../outside.png", str(outside), "link.png", "images/../../outside.png", "absent.png", "images"):
-        with pytest.raises(InputError, match="^rows, line 3: .* is not a file inside"):
+        with pytest.raises(InputError, match=r"^rows, line 3: .* is not a file inside"):
             load_image(inside, name, "rows, line 3")
     with pytest.raises(InputError, match=r"^here: 'text\.png' is not a readable picture"):
         load_image(inside, "text.png", "here")

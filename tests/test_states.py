@@ -99,10 +99,10 @@ def test_weights_that_are_not_finite_are_refused_naming_the_first_layer_that_suf
     layer: Any = vlm.layers[1]
     with torch.no_grad():
         layer.mlp.down_proj.weight[0, 0] = value
-    with pytest.raises(InputError, match="^layer 1: NaN or Inf in the hidden states"):
+    with pytest.raises(InputError, match=r"^layer 1: NaN or Inf in the hidden states"):
         prompt_states(vlm, PROMPTS, [0, 1, 2], "states")
     anchors = Anchors(TEXTS + TEXTS[:1], TEXTS[::-1] + TEXTS[:1])
-    with pytest.raises(InputError, match="^layer 2: NaN or Inf"):
+    with pytest.raises(InputError, match=r"^layer 2: NaN or Inf"):
         extract(vlm, anchors, [2])
     assert all(torch.isfinite(each).all() for each in prompt_states(vlm, PROMPTS, [0], "states").values())
 

@@ -34,9 +34,13 @@ def states_after(vlm: VLM, prompts: Sequence[Prompt], guard: Guard | None) -> Te
     """h of LAYER at every position, [batch, positions, d], under `guard`."""
     seen: list[Tensor] = []
 
+    def keep(states: Tensor) -> Tensor:
+        seen.append(states)
+        return states
+
     def run() -> None:
         layer: Any = vlm.layers[LAYER]
-        with reference.output_changed(layer, lambda states: seen.append(states) or states):
+        with reference.output_changed(layer, keep):
             reference.logits(vlm.model, encode(vlm, prompts))
 
     if guard is None:

@@ -23,7 +23,7 @@ WRITER = re.compile(
     r"model\.language_model\.(embed_tokens\.weight|layers\.\d+\.(self_attn\.o_proj|mlp\.down_proj)\.(weight|bias))"
     r"|model\.multi_modal_projector\.linear_2\.(weight|bias)|model\.image_newline"
 )
-STYLES = {
+STYLES: dict[str, dict[str, Any]] = {
     "hub, one file": {"legacy": True},
     "hub, shards": {"legacy": True, "max_shard_size": "20KB"},
     "memory, one file": {"legacy": False},
@@ -34,7 +34,7 @@ STYLES = {
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("shape", variations() + corners(), ids=name_of)
 def test_every_writer_is_found_in_every_style(tmp_path: Path, shape: Tiny, style: str) -> None:
-    folder = shape.save(tmp_path / "model", processor=False, **STYLES[style])  # type: ignore[arg-type]
+    folder = shape.save(tmp_path / "model", processor=False, **STYLES[style])
     checkpoint, state = Checkpoint.open(folder), shape.model().state_dict()
     family = family_of(checkpoint)
     assert (family.model_type, family.text_model_type) == (shape.family, shape.text)
