@@ -255,8 +255,9 @@ def export_guarded(
         if not evidence.sound or not (verified or allow_weaker or skip_behaviour):
             raise NotSafer(evidence)
         figures = evidence.figures()
-        (stage / "report.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
         described = {**guard.provenance, "interventions": guard.describe()}
+        report = json.dumps({**figures, "guard": described}, indent=2) + "\n"
+        (stage / "report.json").write_text(report, encoding="utf-8")
         page = render_page(name, figures, described, edits.per_layer(family))
         (stage / "report.html").write_text(page, encoding="utf-8")
         write_card(stage, source, guard, evidence.ruling, verified, markdown(figures))

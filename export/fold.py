@@ -88,7 +88,7 @@ def _widen(guard: Guard, family: Family, shapes: Mapping[str, Shape]) -> Fold:
     neurons = shapes[family.mlps[0].down][1] + WIDEN_BY
     grown: dict[str, Shape] = {}
     new: dict[str, str] = {}
-    config: dict[str, Any] = {"intermediate_size": neurons}
+    config: dict[str, Any] = {family.neurons_key: neurons}
     for mlp in family.mlps.values():
         grown[mlp.down] = (shapes[mlp.down][0], neurons)
         for name in mlp.reading:

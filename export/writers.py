@@ -67,6 +67,8 @@ class Family:
     """Layer -> its MLP, for the layers that have a dense one."""
     bias_flag: str | None
     """The text config's entry that gives every MLP biases, where the family has one."""
+    neurons_key: str
+    """The text config's entry that counts an MLP's neurons."""
     embedding: str
     head: str | None
     """The head's tensor on disk; None where the checkpoint has none and the embedding serves as head (tied)."""
@@ -123,6 +125,7 @@ def family_of(checkpoint: Checkpoint) -> Family:
         writers=tuple(found),
         mlps=_mlps(text["mlp"], outer["text_model"] + ".", text_config.num_hidden_layers, disk),
         bias_flag=text["mlp"].get("bias_flag", {}).get(text_type),
+        neurons_key=text["mlp"].get("width", "intermediate_size"),
         embedding=embedding.disk,
         head=disk.get(head),
         untied_head=_untied_name(model, embedding.disk, head, checkpoint),

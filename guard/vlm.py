@@ -197,9 +197,15 @@ def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def decoder(model: PreTrainedModel) -> Any:
+    """The module that holds the language model's layers and their final norm."""
+    found: Any = model.get_decoder()
+    return found if hasattr(found, "layers") else found.get_decoder()
+
+
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The language model's decoder layers, first to last."""
-    return list(model.get_decoder().layers)
+    return list(decoder(model).layers)
 
 
 def _child(module: nn.Module, names: tuple[str, ...]) -> nn.Module:
@@ -254,7 +260,7 @@ def mlp_parts(layer: nn.Module) -> MLPParts:
 
 def final_norm(model: PreTrainedModel) -> nn.Module:
     """The norm between the last decoder layer and the language model's head."""
-    return _child(model.get_decoder(), FINAL_NORM_NAMES)
+    return _child(decoder(model), FINAL_NORM_NAMES)
 
 
 def residual_readers(model: PreTrainedModel) -> list[nn.Module]:

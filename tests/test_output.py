@@ -101,6 +101,7 @@ def test_companions_are_copied_and_code_weights_and_secrets_are_not(source: Path
         "README.md",
         "guardfold.json",
         "report.json",
+        "report.html",
         "guardfold/guard.safetensors",
     }
     copied = {"LICENSE", "NOTICE.txt", "qa.jsonl", "images/a.png"} | {

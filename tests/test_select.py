@@ -32,8 +32,8 @@ ORIGINAL = Figures(refusal=0.4, text_refusal=1.0, new_refusals=0.0, benign_kl=0.
 GOOD = Figures(refusal=0.9, text_refusal=1.0, new_refusals=0.0, benign_kl=0.001, pictured_kl=0.001)
 
 
-def trial(gain: float = 1.0, settings: Mapping[str, Any] = {}, **figures: float) -> Trial:
-    return Trial(Candidate((make_gate(),), {"gain": gain, **settings}), replace(GOOD, **figures))
+def trial(gain: float = 1.0, **figures: float) -> Trial:
+    return Trial(Candidate((make_gate(),), {"gain": gain}), replace(GOOD, **figures))
 
 
 LIMITS = [

@@ -23,6 +23,7 @@ from .equivalence import Equivalence, compare
 from .integrity import Integrity, inspect_folder
 from .judge import Judge, PhraseJudge
 from .probes import Probes
+from .statistics import Rate
 from .verdict import Verdict, judge_guard
 
 NOT_MEASURED = "not measured"
@@ -87,6 +88,14 @@ class Evidence:
         return self.integrity.passed and self.equivalence is not None and self.equivalence.passed
 
     @property
+    def distance_to_reference(self) -> dict[ImageKind, float]:
+        """Image kind -> compliance of the guarded weights minus that of the two-pass form: [-1, 1], 0 where equal."""
+        if self.guarded is None or self.reference is None:
+            return {}
+        ours, theirs = self.guarded.kinds, self.reference.kinds
+        return {kind: Rate.of(ours[kind].complied).rate - Rate.of(theirs[kind].complied).rate for kind in IMAGE_KINDS}
+
+    @property
     def ruling(self) -> str:
         return self.verdict.ruling if self.verdict else NOT_MEASURED
 
@@ -100,10 +109,12 @@ class Evidence:
         """Everything measured, as JSON."""
         parts = ("integrity", "equivalence", "original", "guarded", "reference", "effects", "verdict")
         found = {name: getattr(self, name) for name in parts}
-        samples = {"samples": [asdict(sample) for sample in self.samples]}
-        return (
-            {"ruling": self.ruling} | {name: part.figures() if part else None for name, part in found.items()} | samples
-        )
+        return {
+            "ruling": self.ruling,
+            **{name: part.figures() if part else None for name, part in found.items()},
+            "distance_to_reference": self.distance_to_reference,
+            "samples": [asdict(sample) for sample in self.samples],
+        }
 
 
 def examine(

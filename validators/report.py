@@ -52,6 +52,9 @@ def _parts(evidence: Evidence) -> Iterator[RenderableType]:
             kind, worst = min(evidence.effects.auc.items(), key=lambda item: item[1])
             found += f"; detector AUC {worst:.3f} at least ({kind})"
         yield Text(found)
+    if distance := evidence.distance_to_reference:
+        kind, worst = max(distance.items(), key=lambda item: abs(item[1]))
+        yield Text(f"two-pass     harmful compliance differs by {100 * worst:+.1f} points at most ({kind})")
     yield Text(f"verdict      {evidence.ruling.upper()}", style=f"bold {COLOURS.get(evidence.ruling, 'yellow')}")
     for reason in evidence.reasons:
         yield Text(f"  - {reason}")

@@ -42,7 +42,9 @@ class _Weights:
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, fold: Fold) -> None:
         self.checkpoint = checkpoint
         self.disk = memory_to_disk(model, [*checkpoint.tensors, *fold.new])
-        self.tied = {name: self.disk[of] for name, of in _tied(model).items() if name not in self.disk}
+        self.tied = {
+            name: self.disk[of] for name, of in _tied(model).items() if name not in self.disk and of in self.disk
+        }
         self.files = {shard.path: open_regular(checkpoint.folder, shard.path.name) for shard in checkpoint.shards}
         self.folded = {
             name: Folded(
