@@ -91,7 +91,7 @@ def test_the_default_export_succeeds_and_says_where_it_is(
 ) -> None:
     path, said = exported
     assert said.returncode == 0
-    assert "safer" in said.stdout and "written to guarded" in said.stdout and "NOT VERIFIED" not in said.stdout
+    assert "SAFER" in said.stdout and "written to guarded" in said.stdout and "NOT VERIFIED" not in said.stdout
     assert sorted(each.name for each in path.parent.iterdir()) == ["guarded"]
 
 
@@ -215,18 +215,28 @@ def test_plain_transformers_gives_the_answers_that_were_measured(
     assert rate(report, "guarded", kind, "correct") >= 0.95
 
 
-def test_checking_the_folder_finds_the_same(folder: Path, report: dict[str, Any]) -> None:
-    code = "import json, sys; from pathlib import Path; from guardfold.pipeline import check_guarded;"
-    code += "found = check_guarded(Path(sys.argv[1]), 'demo').figures(); print(json.dumps(found))"
-    done = run("-c", code, folder, cwd=folder.parent)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == report
+CHECK = """
+import json, sys
+from guardfold import cli
+
+show = cli._show
+def note(evidence):
+    json.dump(evidence.figures(), open("found.json", "w"))
+    show(evidence)
+cli._show = note
+sys.argv = ["guardfold", "check", sys.argv[1], "--against", "demo"]
+cli.main()
+"""
 
 
-def test_the_check_command_ends_well(folder: Path) -> None:
-    done = run("-m", "guardfold", "check", folder, "--against", "demo", cwd=folder.parent)
+def test_the_check_command_ends_well_and_finds_the_same(folder: Path, report: dict[str, Any], tmp_path: Path) -> None:
+    done = run("-c", CHECK, folder, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "safer" in done.stdout
+    assert "SAFER" in done.stdout
+    found = json.loads((tmp_path / "found.json").read_text())
+    for part in ("ruling", "verdict", "integrity", "original", "guarded", "reference", "samples"):
+        assert found[part] == report[part]
+    assert found["equivalence"]["passed"]
 
 
 def test_projection_alone_in_the_shared_scope_is_refused_and_leaves_nothing(tmp_path: Path) -> None:

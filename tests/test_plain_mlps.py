@@ -1,4 +1,4 @@
-"""Plain MLPs fold too: a LLaVA around Phi (parallel, GELU) and around OPT (ReLU, learned positions, MLP in the layer)."""
+"""Plain MLPs fold too: LLaVA around Phi (parallel, GELU) and OPT (ReLU, learned positions, MLP in the layer)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from transformers import AutoModelForImageTextToText, LlavaConfig, LlavaForCondi
 from guardfold import pipeline
 from guardfold.export.checkpoint import Checkpoint
 from guardfold.export.writers import family_of
-from guardfold.guard.guard import Guard
+from guardfold.guard.guard import Guard, Intervention
 from guardfold.guard.hooks import attached
-from guardfold.guard.interventions import Gate, Intervention, SharedProjection, SublayerProjection
+from guardfold.guard.interventions import Gate, SharedProjection, SublayerProjection
 
 WIDTH = 32
 SIZES: dict[str, dict[str, Any]] = {
