@@ -142,6 +142,7 @@ class TwoPass:
     def __post_init__(self) -> None:
         bases = {layer: check_basis(self.bases[layer], f"{self.kind}, layer {layer}") for layer in sorted(self.bases)}
         object.__setattr__(self, "bases", bases)
+        object.__setattr__(self, "alpha", float(self.alpha))
 
     @property
     def layers(self) -> list[int]:
@@ -191,6 +192,8 @@ class Gate:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, check_vector(value, f"{self.kind}, {name}"))
+        for name in ("t0", "t1", "beta"):
+            object.__setattr__(self, name, float(getattr(self, name)))
         shapes = {vector.shape for vector in (self.detector, self.column, self.unit) if vector is not None}
         if len(shapes) != 1:
             raise InputError(f"{self.kind}: detector, column and unit are not of one size")
