@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -82,7 +83,8 @@ class Guard:
         except OSError as error:
             raise InputError(f"{path}: cannot be written ({error.strerror})") from error
         finally:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.unlink()
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -106,7 +108,7 @@ class Guard:
             return cls(interventions, header["provenance"], reference)
         except InputError as error:
             raise InputError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
-        except (SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
+        except (SafetensorError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise InputError(f"{path}: damaged guard file ({type(error).__name__}: {error})") from error
 
 

@@ -40,15 +40,14 @@ def planted(positives: int = 800, negatives: int = 4000) -> tuple[Tensor, Tensor
     return noise(positives, 2) + 3 * PLANTED, noise(negatives, 3)
 
 
-def test_the_planted_direction_is_found_whatever_the_scale() -> None:
+def test_the_planted_direction_is_found() -> None:
     positives, negatives = planted()
     u = fit_direction(positives, negatives)
     assert float(u.norm()) == pytest.approx(1, abs=1e-5)
     assert cosine(u, PLANTED) > 0.97
-    assert cosine(fit_direction(100 * positives, 100 * negatives), u) > 0.9999
 
 
-def test_a_direction_that_separates_is_found_even_where_another_varies_more() -> None:
+def test_the_direction_that_separates_is_found_where_another_varies_more_whatever_the_scale() -> None:
     loud = torch.ones(WIDTH)
     loud[0] = 20
     positives, negatives = planted()
@@ -56,6 +55,9 @@ def test_a_direction_that_separates_is_found_even_where_another_varies_more() ->
     shift[1] = 4
     u = fit_direction((positives - 3 * PLANTED) * loud + shift, negatives * loud)
     assert abs(float(u[1])) > 0.95
+    for scale in (0.001, 100.0):
+        scaled = fit_direction(scale * ((positives - 3 * PLANTED) * loud + shift), scale * negatives * loud)
+        assert cosine(scaled, u) > 0.999
 
 
 def test_classes_weigh_the_same_whatever_their_number() -> None:
@@ -68,7 +70,7 @@ def test_classes_weigh_the_same_whatever_their_number() -> None:
     assert cosine(fit_direction(positives.repeat(20, 1), negatives), u) > 0.9999
 
 
-def test_it_does_not_grow_without_bound_where_classes_are_separable() -> None:
+def test_classes_that_a_plane_separates_are_no_trouble() -> None:
     u = fit_direction(noise(20, 6) * 0.01 + PLANTED, noise(20, 7) * 0.01 - PLANTED)
     assert cosine(u, PLANTED) > 0.99
 
