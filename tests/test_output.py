@@ -129,7 +129,8 @@ def test_the_manifest_holds_the_hash_of_every_file_and_says_not_verified(source:
     assert manifest["guard"]["sha256"] == GUARD.hash
     assert manifest["guard"]["interventions"] == json.loads(json.dumps(GUARD.describe()))
     assert manifest["guard"]["provenance"] == {"made": "by hand"}
-    assert manifest["figures"] == json.loads((result.folder / "report.json").read_text())
+    report = json.loads((result.folder / "report.json").read_text())
+    assert all(report[name] == figures for name, figures in manifest["figures"].items())
     assert manifest["figures"]["integrity"]["passed"] and manifest["figures"]["equivalence"]["passed"]
     assert manifest["figures"]["original"] is manifest["figures"]["guarded"] is None
     assert not result.verified
