@@ -333,4 +333,3 @@ def test_check_names_a_tensor_that_was_tampered_with(
     assert done.status == 3
     assert "FAILED" in done.out
     assert says in done.out
-

@@ -40,7 +40,7 @@ def test_project_out_removes_its_share_of_the_component_and_nothing_else(rank: i
 def test_project_out_is_idempotent_at_full_strength(rank: int, seed: int) -> None:
     basis = random_basis(rank, 16, seed)
     once = project_out(torch.randn(7, 16, generator=torch.Generator().manual_seed(seed)), basis, 1.0)
-    assert torch.allclose(project_out(once, basis, 1.0), once, atol=1e-6)
+    assert torch.allclose(project_out(once, basis, 1.0), once, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

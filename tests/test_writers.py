@@ -69,7 +69,7 @@ def save(config: Any, folder: Path) -> Path:
 @pytest.mark.parametrize("text", ["olmo2", "gemma2"])
 def test_a_text_model_without_a_row_is_refused_by_name(tmp_path: Path, text: str) -> None:
     folder = save(Tiny(text=text).config(), tmp_path / "model")
-    with pytest.raises(InputError, match=f"text model '{text}' is not supported; known: .*llama, mistral"):
+    with pytest.raises(InputError, match=rf"text model '{text}' is not supported; known: .*llama, mistral"):
         family_of(Checkpoint.open(folder))
 
 
@@ -79,7 +79,7 @@ def test_an_outer_family_without_a_row_is_refused_by_name(tmp_path: Path) -> Non
     vision = {**llava.vision_config.to_dict(), "model_type": "siglip_vision_model", "vision_use_head": False}
     config = AutoConfig.for_model("paligemma", text_config=text, vision_config=vision, projection_dim=32)
     folder = save(config, tmp_path / "model")
-    with pytest.raises(InputError, match="family 'paligemma' is not supported; known: .*llava, llava_next"):
+    with pytest.raises(InputError, match=r"family 'paligemma' is not supported; known: .*llava, llava_next"):
         family_of(Checkpoint.open(folder))
 
 
