@@ -58,7 +58,7 @@ def load_benign(path: Path) -> list[Prompt]:
 
 
 def deal(anchors: Anchors, benign: Sequence[Prompt]) -> dict[Role, Part]:
-    """The four parts. Benign prompts without pictures of their own get one of each kind in turn as `pictured`.
+    """The four parts. `pictured` are the benign prompts that bring a picture, and the part's others with one in turn.
 
     Raises InputError if there are too few of either to be dealt out.
     """
@@ -67,22 +67,25 @@ def deal(anchors: Anchors, benign: Sequence[Prompt]) -> dict[Role, Part]:
             f"{len(anchors)} anchor pairs and {len(benign)} benign prompts are too few to fit a gate on: "
             f"at least {MIN_ANCHORS} and {MIN_BENIGN}"
         )
-    plain = [prompt for prompt in benign if prompt.image is None]
-    pictured = [prompt for prompt in benign if prompt.image is not None]
-    for index, prompt in enumerate(plain):
-        picture = draw(BENIGN_KINDS[index % len(BENIGN_KINDS)], prompt.text, prompt.text)  # type: ignore[arg-type]
-        pictured.append(replace(prompt, image=picture))
-
-    def some(prompts: Sequence[Prompt], indices: list[int]) -> tuple[Prompt, ...]:
-        return tuple(prompts[index] for index in indices)
-
     harmful = [Prompt(text) for text in anchors.harmful]
     harmless = [Prompt(text) for text in anchors.harmless]
-    dealt = (split(len(each), SHARES) for each in (harmful, plain, pictured))
+    plain = [prompt for prompt in benign if prompt.image is None]
+    brought = [prompt for prompt in benign if prompt.image is not None]
+    parts = zip(ROLES, *(split(len(each), SHARES) for each in (harmful, plain, brought)), strict=True)
     return {
-        role: Part(some(harmful, pairs), some(harmless, pairs), some(plain, alone), some(pictured, shown))
-        for role, pairs, alone, shown in zip(ROLES, *dealt, strict=True)
+        role: Part(
+            tuple(harmful[index] for index in pairs),
+            tuple(harmless[index] for index in pairs),
+            tuple(plain[index] for index in alone),
+            (*(brought[index] for index in shown), *(_pictured(plain[index], index) for index in alone)),
+        )
+        for role, pairs, alone, shown in parts
     }
+
+
+def _pictured(prompt: Prompt, index: int) -> Prompt:
+    kind = BENIGN_KINDS[index % len(BENIGN_KINDS)]
+    return replace(prompt, image=draw(kind, prompt.text, prompt.text))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,9 @@ class Guard:
         if not self.interventions:
             raise InputError("a guard needs at least one intervention")
         kinds = {type(each) for each in self.interventions}
+        gated = [each.layer for each in self.interventions if isinstance(each, Gate)]
+        if len(set(gated)) < len(gated):
+            raise InputError("two gates in one layer would take the same neurons; one gate a layer")
         if {Gate, SharedProjection} <= kinds:
             raise InputError("a shared projection would erase what a gate writes; project sublayers instead")
 

@@ -54,7 +54,9 @@ def answer(
     answers: list[tuple[int, ...]] = []
     for batch in batched(prompts, vlm.batch_size, what):
         inputs = encode(vlm, illustrated(batch, kind))
-        made = model.generate(**inputs, do_sample=False, max_new_tokens=tokens)[:, inputs["input_ids"].shape[1] :]
+        made = model.generate(
+            **inputs, do_sample=False, max_new_tokens=tokens, suppress_tokens=[model.config.image_token_id]
+        )[:, inputs["input_ids"].shape[1] :]
         answers += [tuple(_until_end(vlm, row)) for row in made.tolist()]
     return Transcripts(tuple(prompts), tuple(answers), kind)
 
@@ -86,10 +88,11 @@ class Page:
 
 def pages(vlm: VLM, transcripts: Transcripts, what: str) -> Iterator[Page]:
     """The transcripts in batches, under a progress bar named `what`."""
-    pad = vlm.processor.tokenizer.pad_token_id
+    pad, image_token = vlm.processor.tokenizer.pad_token_id, vlm.model.config.image_token_id
     for rows in batched(range(len(transcripts)), vlm.batch_size, what):
         batch = encode(vlm, illustrated([transcripts.prompts[row] for row in rows], transcripts.kind))
         answers = [torch.tensor(transcripts.answers[row], dtype=torch.long) for row in rows]
+        answers = [each.masked_fill(each == image_token, pad) for each in answers]  # a picture's place needs a picture
         tail = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=pad).to(vlm.device)
         held = torch.nn.utils.rnn.pad_sequence([torch.ones_like(a) for a in answers], batch_first=True).to(vlm.device)
         start = batch["input_ids"].shape[1]

@@ -55,7 +55,7 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     config = LlavaConfig(
         text_config=text,
         vision_config=base.config().vision_config.to_dict(),
-        image_token_id=3,
+        image_token_index=3,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         tie_word_embeddings=False,

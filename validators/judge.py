@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..guard.errors import InputError
@@ -100,7 +101,7 @@ class ModelJudge:
             model: Any = AutoModelForCausalLM.from_pretrained(
                 name, use_safetensors=True, local_files_only=local, trust_remote_code=False
             )
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise InputError(f"--judge {name}: cannot be loaded ({str(error).splitlines()[0]})") from error
         if self.tokenizer.chat_template is None:
             raise InputError(f"--judge {name}: has no chat template")
