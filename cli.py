@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from . import __version__
-from .guard.errors import InputError
+from .guard.errors import InputError, Refused
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -166,6 +166,8 @@ def export(
     """
     from .pipeline import export_guarded
 
+    _quiet_libraries()
+
     options = _options(
         guard=guard,
         scope=scope,
@@ -214,6 +216,8 @@ def extract(
     from .pipeline import extract_to
     from .validators.report import directions_table
 
+    _quiet_libraries()
+
     made = extract_to(
         output,
         model,
@@ -249,6 +253,8 @@ def check(
     """
     from .pipeline import check_guarded
 
+    _quiet_libraries()
+
     evidence = check_guarded(folder, against, probes=probes, qa=qa, judge=judge, skip_behaviour=skip_behaviour)
     _show(evidence)
     if not evidence.sound or not (skip_behaviour or evidence.ruling == "safer"):
@@ -260,6 +266,8 @@ def inspect(model: Annotated[str, typer.Argument(help=MODEL_HELP)]) -> None:
     """Say what a model is and which of its tensors write to the residual stream, from config and headers alone."""
     from .pipeline import inspect_model
     from .validators.report import family_table
+
+    _quiet_libraries()
 
     _print(family_table(*inspect_model(model)))
 
@@ -304,22 +312,20 @@ def _one_line(error: BaseException) -> str:
 
 def main() -> None:
     """The `guardfold` command: runs it, turns errors into one line and an exit status, and ends the process."""
-    from .validators.verdict import Refused
-
     debug = "--debug" in sys.argv
-    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
-        _quiet_libraries()
-        app()
+        sys.exit(app(arguments or ["--help"], standalone_mode=False) or 0)
     except InputError as error:
-        status, message = 2, f"error: {_one_line(error)}"
-        cause: BaseException = error
+        status, message, cause = 2, f"error: {_one_line(error)}", cast(Exception, error)
     except Refused as error:
-        status, message = 3, f"refused: {_one_line(error)}"
-        cause = error
+        status, message, cause = 3, f"refused: {_one_line(error)}", error
     except Exception as error:
-        status, message = 1, f"unexpected {type(error).__name__}: {_one_line(error)} (--debug shows where)"
         cause = error
+        if hasattr(error, "format_message"):  # what the parser says of a command it cannot take
+            status, message = 2, f"error: {' '.join(error.format_message().split())} (--help explains)"
+        else:
+            status, message = 1, f"unexpected {type(error).__name__}: {_one_line(error)} (--debug shows where)"
     evidence = getattr(cause, "evidence", None)
     if evidence is not None:
         _show(evidence)

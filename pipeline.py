@@ -17,7 +17,7 @@ from .export.rewrite import copy_companions, rewrite, staging
 from .export.writers import Family, family_of
 from .guard.calibration import BUILT_IN_BENIGN, Part, Role, deal, examples, load_benign
 from .guard.directions import Directions, extract
-from .guard.errors import InputError
+from .guard.errors import InputError, Refused
 from .guard.guard import Guard, Intervention
 from .guard.interventions import Gate, TwoPass
 from .guard.presets import (
@@ -43,7 +43,6 @@ from .validators.measures import markdown
 from .validators.page import render_page
 from .validators.probes import load_probes, refusal_text
 from .validators.select import Bench, best, choose, sample_scores, scrutinise
-from .validators.verdict import Refused
 
 PRESETS = ("auto", "vlm-guard", "gate", "projection")
 DEFAULT_PRESET = "auto"
@@ -211,6 +210,8 @@ def extract_to(output: Path, model: str, options: GuardOptions, *, overwrite: bo
         raise InputError(f"{output}: exists already; choose another --output or pass --overwrite")
     if not output.parent.is_dir():
         raise InputError(f"{output.parent}: no such folder")
+    if options.guard not in PRESETS:
+        raise InputError(f"--guard {options.guard}: extraction takes a preset ({', '.join(PRESETS)})")
     guard = extract_guard(model, options)
     guard.save(output)
     return guard
@@ -242,6 +243,8 @@ def export_guarded(
     asked = None if skip_behaviour else load_probes(folder, probes, qa)
     decides = ModelJudge(judge) if judge else None
     target = Path(output) if output else Path(f"{name.rpartition('/')[2]}-guarded")
+    if folder.resolve().is_relative_to(target.resolve()):
+        raise InputError(f"{target}: holds the model itself; choose another --output")
     with staging(target, overwrite) as stage, threads_for(folder):
         guard = extract_guard(model, options)
         edits = fold(guard, family, checkpoint.shapes)

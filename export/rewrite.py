@@ -103,19 +103,19 @@ def rewrite(checkpoint: Checkpoint, family: Family, fold: Fold, target: Path, ad
         sizes += sum(each.info.end - each.info.begin for each in outputs)
     if checkpoint.index is not None:
         _write_json(target / INDEX_FILE, _new_index(checkpoint.index, added, sizes))
-    _write_json(target / "config.json", _new_config(checkpoint.config, fold))
+    _write_json(target / "config.json", _new_config(checkpoint.config, fold, family.embedding in fold.edits))
 
 
 def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _new_config(config: Mapping[str, Any], fold: Fold) -> Mapping[str, Any]:
-    text = {**fold.text_config, **({"tie_word_embeddings": False} if fold.untie else {})}
+def _new_config(config: Mapping[str, Any], fold: Fold, untied: bool) -> Mapping[str, Any]:
+    text = {**fold.text_config, **({"tie_word_embeddings": False} if untied else {})}
     if not text:
         return config
     changed = {**config, "text_config": {**config.get("text_config", {}), **text}}
-    return {**changed, "tie_word_embeddings": False} if fold.untie else changed
+    return {**changed, "tie_word_embeddings": False} if untied else changed
 
 
 def _new_index(index: Mapping[str, Any], added: Mapping[str, str], size: int) -> dict[str, Any]:

@@ -178,8 +178,8 @@ def _check(checkpoint: Checkpoint, writer: Writer, shapes: Mapping[str, tuple[in
 
 def _untied_name(model: PreTrainedModel, embedding: str, head: str, checkpoint: Checkpoint) -> str:
     """What a head is called in this checkpoint's own style: beside its embedding's prefix, whichever one loads."""
-    prefix = embedding.partition(".")[0] + "."
-    name = disk_name(model, head, (prefix + head, head))
+    prefix = embedding.partition(".")[0]
+    name = disk_name(model, head, (head,) if prefix == model.base_model_prefix else (f"{prefix}.{head}", head))
     if name is None:
         raise InputError(f"{checkpoint.folder}: no name under which transformers would load an untied {head}")
     return name

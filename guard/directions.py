@@ -91,6 +91,9 @@ def extract(vlm: VLM, anchors: Anchors, layers: Sequence[int], rank: int = 1) ->
         states = prompt_states(vlm, queries, layers, f"states, {kind}", kind)
         halves = {layer: each.split(len(anchors)) for layer, each in states.items()}
         seen[kind] = {layer: (harmful, harmless) for layer, (harmful, harmless) in halves.items()}
+    for layer, (harmful, harmless) in seen["text"].items():
+        if torch.equal(harmful, harmless):
+            raise InputError(f"the anchors' harmful and harmless halves do not differ in the states of layer {layer}")
     fitted = {layer: steering_basis(harmful - harmless, rank) for layer, (harmful, harmless) in seen["text"].items()}
     return Directions(
         bases={layer: basis for layer, (basis, _) in fitted.items()},

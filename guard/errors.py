@@ -1,5 +1,9 @@
-"""The one error a user causes: bad input, said in one line, exit status 2."""
+"""The two ways in which a run ends without a result: bad input (exit status 2) and a refusal (3), a line each."""
 
 
 class InputError(ValueError):
-    """What is wrong, where, and what to do about it, in one line."""
+    """What is wrong, where, and what to do about it."""
+
+
+class Refused(Exception):  # noqa: N818
+    """Nothing is published: the guard is not safer, or not equal to its hooks, or cannot be made."""

@@ -31,6 +31,14 @@ def check_basis(basis: Tensor, where: str) -> Tensor:
     return basis
 
 
+def check_bases(bases: Mapping[int, Tensor], where: str) -> dict[int, Tensor]:
+    """`bases` (layer -> V_l) in the order of layers after check_basis, if all have one width; InputError else."""
+    checked = {layer: check_basis(bases[layer], f"{where}, layer {layer}") for layer in sorted(bases)}
+    if len({basis.shape[1] for basis in checked.values()}) != 1:
+        raise InputError(f"{where}: no layers, or directions of unequal width")
+    return checked
+
+
 def check_strength(strength: float, where: str) -> float:
     """`strength` after checking that it lies in (0, 1]; InputError otherwise."""
     if not isinstance(strength, int | float) or not 0 < strength <= 1:
@@ -64,10 +72,7 @@ class SublayerProjection:
     strength: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.bases:
-            raise InputError(f"{self.kind}: no layers")
-        bases = {layer: check_basis(self.bases[layer], f"{self.kind}, layer {layer}") for layer in sorted(self.bases)}
-        object.__setattr__(self, "bases", bases)
+        object.__setattr__(self, "bases", check_bases(self.bases, self.kind))
         object.__setattr__(self, "strength", check_strength(self.strength, self.kind))
 
     @property
@@ -140,8 +145,7 @@ class TwoPass:
     project: bool = False
 
     def __post_init__(self) -> None:
-        bases = {layer: check_basis(self.bases[layer], f"{self.kind}, layer {layer}") for layer in sorted(self.bases)}
-        object.__setattr__(self, "bases", bases)
+        object.__setattr__(self, "bases", check_bases(self.bases, self.kind))
         object.__setattr__(self, "alpha", float(self.alpha))
 
     @property

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -110,7 +109,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path}: not JSON ({error})") from error
     if not isinstance(config, dict):
         raise InputError(f"{path}: not a JSON object")
-    if config.get("model_type") not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+    if str(config.get("model_type")) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         raise InputError(
             f"{folder}: model_type {config.get('model_type')!r} is not a vision-language model that transformers knows"
         )
@@ -139,11 +138,19 @@ def load(folder: Path, device: str | None = None, dtype: torch.dtype | None = No
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     try:
-        model = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except Exception as error:  # foreign files can break a constructor in any way
         raise InputError(f"{folder}: transformers cannot load it ({_first_line(error)})") from error
+    model, info = loaded
+    if info["missing_keys"]:
+        raise InputError(f"{folder}: the checkpoint lacks {min(info['missing_keys'])}")
     return VLM(model.eval().to(device), load_processor(folder), folder)
 
 
@@ -188,8 +195,9 @@ def meta_model(folder: Path) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise InputError(f"{folder}: config.json describes no model that transformers can build ({error})") from error
+    except Exception as error:  # foreign numbers can break a constructor in any way
+        reason = _first_line(error)
+        raise InputError(f"{folder}: config.json describes no model that transformers can build ({reason})") from error
     model.tie_weights()
     return model.eval()
 

@@ -157,6 +157,7 @@ LIES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], str]] 
     "two-pass layers": (_header(lambda each: each[2].update(layers=[2])), "does not describe"),
     "more than it knows": (_header(lambda each: each[1].update(scope="half")), "does not describe"),
     "kind": (_header(lambda each: each[1].update(kind="sparse-autoencoder")), "unknown intervention"),
+    "another format": (lambda header, _: header.update(format="guardfold-guard/99"), "not a guard file"),
     "no kind": (_header(lambda each: each[1].pop("kind")), "damaged"),
     "not a list": (lambda header, _: header.update(interventions=7), "damaged"),
     "no provenance": (lambda header, _: header.pop("provenance"), "damaged"),

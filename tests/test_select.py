@@ -17,6 +17,7 @@ from zoo import random_basis
 
 from guardfold.guard import prompts, transcripts
 from guardfold.guard.calibration import BUILT_IN_BENIGN, Examples, Part, deal, load_benign
+from guardfold.guard.errors import Refused
 from guardfold.guard.interventions import Gate, SublayerProjection
 from guardfold.guard.presets import Candidate
 from guardfold.guard.prompts import BUILT_IN_ANCHORS, Prompt, load_anchors
@@ -26,7 +27,6 @@ from guardfold.validators import select
 from guardfold.validators.judge import PhraseJudge
 from guardfold.validators.probes import load_probes
 from guardfold.validators.select import Bench, Figures, Trial, best, choose, sample_scores, scrutinise
-from guardfold.validators.verdict import Refused
 
 ORIGINAL = Figures(refusal=0.4, text_refusal=1.0, new_refusals=0.0, benign_kl=0.0, pictured_kl=0.0)
 GOOD = Figures(refusal=0.9, text_refusal=1.0, new_refusals=0.0, benign_kl=0.001, pictured_kl=0.001)

@@ -101,6 +101,27 @@ def test_generates_the_same_with_and_without_a_kv_cache(tiny: VLM, project: bool
     assert (cached[1] == unguarded[1]) or project
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_what_is_generated_was_steered_at_the_last_prompt_token_alone(tiny: VLM, use_cache: bool) -> None:
+    """Read back as one text, steered at that one place, every generated token is the most likely next one."""
+    basis, (batch, prompts) = separating(tiny), (encode(tiny, [SHORT]), [SHORT])
+    spoken = answers(tiny, prompts, Guard((TwoPass({LAYER: basis}, ALPHA),)), use_cache=use_cache)
+    ids = torch.cat([batch["input_ids"], torch.tensor(spoken)], dim=1)
+    last = batch["input_ids"].shape[1] - 1
+    steering = ALPHA * text_states(tiny, prompts, [LAYER])[LAYER][0] @ basis.T @ basis
+
+    def steer(states: Tensor) -> Tensor:
+        states = states.clone()
+        states[0, last] += steering
+        return states
+
+    model: Any = tiny.model
+    with reference.output_changed(tiny.layers[LAYER], steer), torch.inference_mode():
+        logits = model(input_ids=ids, use_cache=False).logits[0, last:-1]
+    logits[:, [model.config.image_token_id, model.config.text_config.eos_token_id]] = -torch.inf  # never said here
+    assert logits.argmax(-1).tolist() == spoken[0]
+
+
 @pytest.mark.parametrize("kind", [None, "shape"])
 def test_a_left_padded_batch_generates_what_its_prompts_do_alone(tiny: VLM, kind: Any) -> None:
     guard, prompts = Guard((TwoPass({LAYER: separating(tiny)}, ALPHA),)), illustrated([SHORT, LONG], kind)

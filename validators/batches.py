@@ -42,7 +42,9 @@ def _synthetic(config: PretrainedConfig) -> dict[str, BatchFeature]:
     mask = torch.ones_like(ids)
     mask[0, :padding] = 0
     side = vision.image_size
-    patches = (side // vision.patch_size) ** 2 + (config.vision_feature_select_strategy == "full")
+    patches = (side // vision.patch_size) ** 2 + (
+        getattr(config, "vision_feature_select_strategy", "default") == "full"
+    )
     pixels = torch.randn(1, 3, side, side, generator=draw)
     inputs: dict[str, Any] = {"pixel_values": pixels}
     if config.model_type == "llava_next":  # one tile and the whole picture, a newline after each row of the tile

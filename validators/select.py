@@ -18,6 +18,7 @@ from transformers import BatchFeature
 from ..guard.calibration import Examples, Part
 from ..guard.detector import Detector, firing
 from ..guard.directions import auc
+from ..guard.errors import Refused
 from ..guard.guard import Guard
 from ..guard.hooks import attached, ramp
 from ..guard.images import ImageKind
@@ -30,7 +31,6 @@ from ..guard.vlm import VLM, mlp_parts
 from .behaviour import respond
 from .divergence import Divergence
 from .judge import Judge
-from .verdict import Refused
 
 PICTURED: tuple[ImageKind, ...] = ("blank", "noise", "shape")
 MAX_KL = 0.01

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import comb, sqrt
+from math import exp, lgamma, log, log1p, sqrt
 from typing import Any
 
 Z95 = 1.959964
@@ -38,7 +38,13 @@ class Rate:
 
 def binomial_tail(count: int, total: int, p: float) -> float:
     """P(X >= count) for X ~ Binomial(total, p)."""
-    return sum(comb(total, k) * p**k * (1 - p) ** (total - k) for k in range(count, total + 1))
+    if p in (0, 1):
+        return float(count <= (total if p else 0))
+    terms = (
+        lgamma(total + 1) - lgamma(k + 1) - lgamma(total - k + 1) + k * log(p) + (total - k) * log1p(-p)
+        for k in range(max(count, 0), total + 1)
+    )
+    return min(1.0, sum(map(exp, terms)))
 
 
 def upper_bound(count: int, total: int, error: float = 0.05) -> float:
