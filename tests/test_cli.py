@@ -97,6 +97,7 @@ EXPORT = ("export", "--model", "good", *NEW, "--guard", "projection")
 EXTRACT = ("extract", "--model", "good", "--output", "new.safetensors", "--guard", "projection")
 BAD_INPUT: dict[str, tuple[tuple[str, ...], str]] = {
     "missing folder": (("export", "--model", "./absent", *NEW), "./absent: no such folder"),
+    "a name of two lines": (("inspect", "./absent\nError: none"), "./absent Error: none: no such folder"),
     "missing hub model": (("inspect", "owner/name"), "owner/name: cannot be had from the Hugging Face Hub"),
     "a text model": (("export", "--model", "text", *NEW), "model_type 'llama' is not a vision-language model"),
     "inspecting a text model": (("inspect", "text"), "model_type 'llama' is not a vision-language model"),

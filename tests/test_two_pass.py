@@ -117,8 +117,8 @@ def test_what_is_generated_was_steered_at_the_last_prompt_token_alone(tiny: VLM,
 
     model: Any = tiny.model
     with reference.output_changed(tiny.layers[LAYER], steer), torch.inference_mode():
-        logits = model(input_ids=ids, use_cache=False).logits[0, last:-1]
-    logits[:, [model.config.image_token_id, model.config.text_config.eos_token_id]] = -torch.inf  # never said here
+        logits = model(input_ids=ids, use_cache=False).logits[0, last:-1].clone()
+        logits[:, [model.config.image_token_id, model.config.text_config.eos_token_id]] = -torch.inf  # never said here
     assert logits.argmax(-1).tolist() == spoken[0]
 
 
