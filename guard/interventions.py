@@ -60,8 +60,25 @@ def _layer_number(key: str, where: str) -> int:
     return int(key)
 
 
+class _PerLayer:
+    """What interventions with a basis of their own in each layer have in common."""
+
+    bases: Mapping[int, Tensor]
+
+    @property
+    def layers(self) -> list[int]:
+        return list(self.bases)
+
+    @property
+    def width(self) -> int:
+        return next(iter(self.bases.values())).shape[1]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {str(layer): basis for layer, basis in self.bases.items()}
+
+
 @dataclass(frozen=True)
-class SublayerProjection:
+class SublayerProjection(_PerLayer):
     """Removes `strength` of span(bases[l]) from what the attention and the MLP of layer l write.
 
     bases: layer (0-indexed) -> V_l, [m, d] with orthonormal rows.  strength: in (0, 1].
@@ -75,21 +92,10 @@ class SublayerProjection:
         object.__setattr__(self, "bases", check_bases(self.bases, self.kind))
         object.__setattr__(self, "strength", check_strength(self.strength, self.kind))
 
-    @property
-    def layers(self) -> list[int]:
-        return list(self.bases)
-
-    @property
-    def width(self) -> int:
-        return next(iter(self.bases.values())).shape[1]
-
     def describe(self) -> dict[str, Any]:
         """What the manifest and the guard file say of it: JSON, no tensors."""
         ranks = {layer: len(basis) for layer, basis in self.bases.items()}
         return {"kind": self.kind, "strength": self.strength, "ranks": ranks}
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {str(layer): basis for layer, basis in self.bases.items()}
 
     @classmethod
     def parse(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
@@ -132,7 +138,7 @@ class SharedProjection:
 
 
 @dataclass(frozen=True)
-class TwoPass:
+class TwoPass(_PerLayer):
     """VLM-Guard's step 3 as published: a text-only pass decides, per layer, whether to steer the last prompt token.
 
     h*_l(Q) = h'_l(Q) + alpha g_l h_l(q) V_l^T V_l with g_l = 1[h_l(q) . v_1 > 0]; h' = h - h V_l^T V_l if `project`,
@@ -148,19 +154,8 @@ class TwoPass:
         object.__setattr__(self, "bases", check_bases(self.bases, self.kind))
         object.__setattr__(self, "alpha", float(self.alpha))
 
-    @property
-    def layers(self) -> list[int]:
-        return list(self.bases)
-
-    @property
-    def width(self) -> int:
-        return next(iter(self.bases.values())).shape[1]
-
     def describe(self) -> dict[str, Any]:
         return {"kind": self.kind, "alpha": self.alpha, "project": self.project, "layers": self.layers}
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {str(layer): basis for layer, basis in self.bases.items()}
 
     @classmethod
     def parse(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
