@@ -247,7 +247,7 @@ def export_guarded(
         raise InputError(f"{target}: holds the model itself; choose another --output")
     with staging(target, overwrite) as stage, threads_for(folder):
         guard = extract_guard(model, options)
-        edits = fold(guard, family, checkpoint.shapes)
+        edits = fold(guard, family, checkpoint.shapes, checkpoint.read)
         with _writing(checkpoint) as advance:
             rewrite(checkpoint, family, edits, stage, advance)
         copy_companions(folder, stage)
@@ -285,7 +285,7 @@ def check_guarded(
     checkpoint = Checkpoint.open(origin)
     family = family_of(checkpoint)
     guard = Guard.load(folder / GUARD_FILE)
-    edits = fold(guard, family, checkpoint.shapes)
+    edits = fold(guard, family, checkpoint.shapes, checkpoint.read)
     asked = None if skip_behaviour else load_probes(origin, probes, qa)
     decides = ModelJudge(judge) if judge else None
     with threads_for(origin):

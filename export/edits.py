@@ -44,27 +44,42 @@ class Edit(Protocol):
 
 @dataclass
 class ProjectRows:
-    """W - strength V^T (V W) for W [d, ...], rows indexed by the residual stream: o_proj, down_proj, biases."""
+    """W - strength V^T (V W) for W [d, ...], rows indexed by the residual stream: o_proj, down_proj, biases.
+
+    Under a post-norm, y = D x / rms(x) with x = W z, the component that reaches the stream is V D W. `gain` D, [d], makes
+    the projection oblique, W - strength D^-1 V^T (V D W): what is written has none of it, but rms(x) has changed.
+    """
 
     basis: Tensor
     strength: float
+    gain: Tensor | None = None
     two_pass = True
     component: Tensor | None = None
-    """V W, summed up over the blocks seen so far, [m, ...]."""
+    """V D W, summed up over the blocks seen so far, [m, ...]."""
+
+    @property
+    def reading(self) -> Tensor:
+        """V D, [m, d]: what times W is the component."""
+        return self.basis if self.gain is None else self.basis * self.gain
+
+    @property
+    def writing(self) -> Tensor:
+        """V D^-1, [m, d]: what the component is taken out along."""
+        return self.basis if self.gain is None else self.basis / self.gain
 
     def observe(self, block: Tensor, first: int) -> None:
-        part = torch.tensordot(self.basis[:, first : first + len(block)].to(block), block, 1)
+        part = torch.tensordot(self.reading[:, first : first + len(block)].to(block), block, 1)
         self.component = part if self.component is None else self.component + part
 
     def apply(self, block: Tensor, first: int) -> Tensor:
         assert self.component is not None, "apply before observe"
-        rows = self.basis[:, first : first + len(block)].to(block)
+        rows = self.writing[:, first : first + len(block)].to(block)
         return block - self.strength * torch.tensordot(rows.T, self.component, 1)
 
 
 @dataclass
 class ProjectColumns:
-    """W - strength (W V^T) V for W [..., d], columns indexed by the residual stream: embedding tables."""
+    """W - strength (W V^T) V for W [..., d], columns indexed by the residual stream: embedding tables, experts [E, n, d]."""
 
     basis: Tensor
     strength: float
@@ -76,6 +91,26 @@ class ProjectColumns:
     def apply(self, block: Tensor, first: int) -> Tensor:
         basis = self.basis.to(block)
         return block - self.strength * (block @ basis.T) @ basis
+
+
+@dataclass
+class ProjectSlices:
+    """W_e - strength V^T (V W_e) for each slice of W [E, d, n] along its first axis: stacked experts."""
+
+    basis: Tensor
+    strength: float
+    two_pass = False
+
+    def observe(self, block: Tensor, first: int) -> None:
+        """Nothing: each slice is projected on its own."""
+
+    def apply(self, block: Tensor, first: int) -> Tensor:
+        basis = self.basis.to(block)
+        return block - self.strength * basis.T @ (basis @ block)
+
+
+Projecting = ProjectRows | ProjectColumns | ProjectSlices
+"""The edits that take a direction out of what a tensor writes."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 from ..export.checkpoint import Checkpoint, open_regular, read_rows
 from ..export.edits import Folded, row_blocks
 from ..export.fold import Fold
-from ..export.names import memory_to_disk
+from ..export.names import Layout
+from ..export.writers import module_name
 from ..guard.errors import InputError
 from ..guard.vlm import meta_model
 
@@ -41,10 +42,12 @@ class _Weights:
 
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, fold: Fold) -> None:
         self.checkpoint = checkpoint
-        self.disk = memory_to_disk(model, [*checkpoint.tensors, *fold.new])
-        self.tied = {
-            name: self.disk[of] for name, of in _tied(model).items() if name not in self.disk and of in self.disk
-        }
+        self.layout = Layout(model, {**checkpoint.shapes, **fold.grown})
+        tied = dict(model.all_tied_weights_keys)
+        if fold.untie:  # the config says untied already, the file does not yet
+            head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+            tied[module_name(model, head) + "weight"] = module_name(model, embedding) + "weight"
+        self.tied = {name: of for name, of in tied.items() if name not in self.layout.stored}
         self.files = {shard.path: open_regular(checkpoint.folder, shard.path.name) for shard in checkpoint.shards}
         self.folded = {
             name: Folded(
@@ -64,39 +67,42 @@ class _Weights:
         shard, info = self.checkpoint.tensors[disk]
         return read_rows(self.files[shard.path], shard, info, first, last)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        disk = self.disk.get(name)
-        return self.folded[disk].shape if disk in self.folded else self.checkpoint.info(disk or self.tied[name]).shape
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """The parameter's shape as what is on disk gives it; None if there is nothing."""
+        return self.layout.shapes.get(self.tied.get(name, name))
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
         """Rows first:last of the parameter `name`, read and edited in small blocks into one tensor.
 
         A tied head reads its embedding as it was, never the edited one.
         """
+        raw = name in self.tied
+        disk = self.layout.plain(self.tied.get(name, name))
+        if disk is None:
+            return self.layout.assemble(name, self._tensor)[first:last]
         rows: Tensor | None = None
-        for start, stop in row_blocks((last - first, *self.shape(name)[1:])):
-            block = self._block(name, first + start, first + stop)
+        for start, stop in row_blocks((last - first, *self.layout.shapes[self.tied.get(name, name)][1:])):
+            block = self._block(disk, first + start, first + stop, raw)
             if rows is None:
                 rows = block.new_empty(last - first, *block.shape[1:])
             rows[start:stop] = block
-        return self._block(name, first, last) if rows is None else rows
+        return self._block(disk, first, last, raw) if rows is None else rows
 
     def whole(self, name: str) -> Tensor:
         shape = self.shape(name)
-        return self.rows(name, 0, shape[0]) if shape else self._block(name, 0, 1)
+        if shape:
+            return self.rows(name, 0, shape[0])
+        disk = self.layout.plain(name)
+        return self._block(disk, 0, 1) if disk else self.layout.assemble(name, self._tensor)
 
-    def _block(self, name: str, first: int, last: int) -> Tensor:
-        disk = self.disk.get(name)
-        if disk in self.folded:
+    def _tensor(self, disk: str) -> Tensor:
+        return self._block(disk, 0, self.checkpoint.info(disk).shape[0])
+
+    def _block(self, disk: str, first: int, last: int, raw: bool = False) -> Tensor:
+        if disk in self.folded and not raw:
             return self.folded[disk].rows(first, last)
-        block = self._raw(disk or self.tied[name], first, last)
+        block = self._raw(disk, first, last)
         return block.to(torch.promote_types(block.dtype, torch.float32)) if block.is_floating_point() else block
-
-
-def _tied(model: PreTrainedModel) -> dict[str, str]:
-    """Head -> embedding, where the class could tie them; whether they are tied is for the file to say."""
-    keys = model._tied_weights_keys
-    return dict(keys) if isinstance(keys, Mapping) else {}
 
 
 def _linear(weights: _Weights, name: str, module: nn.Linear, states: Tensor) -> Tensor:
@@ -133,12 +139,12 @@ def streamed(checkpoint: Checkpoint, fold: Fold | None = None, config: Path | No
     weights = _Weights(checkpoint, model, fold or Fold({}))
     try:
         for name, tensor in model.state_dict(keep_vars=True).items():
-            if name not in weights.disk and name not in weights.tied:
+            shape = weights.shape(name)
+            if shape is None:
                 raise InputError(f"{checkpoint.folder}: no tensor for {name}")
-            if weights.shape(name) != tuple(tensor.shape):
+            if shape != tuple(tensor.shape):
                 raise InputError(
-                    f"{checkpoint.folder}: {name} has shape {list(weights.shape(name))}, "
-                    f"config.json says {list(tensor.shape)}"
+                    f"{checkpoint.folder}: {name} has shape {list(shape)}, config.json says {list(tensor.shape)}"
                 )
         for name, module in model.named_modules():
             own = dict(module.named_parameters(recurse=False))

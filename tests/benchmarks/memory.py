@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import resource
 import subprocess
 import sys
@@ -26,8 +27,8 @@ from guardfold.guard.interventions import SharedProjection, SublayerProjection
 SHARD_BYTES = 1.6e9
 
 
-def make(folder: Path, layers: int) -> int:
-    """Writes the checkpoint, shard by shard, in the hub's key style; returns its size in bytes."""
+def make(folder: Path, layers: int) -> None:
+    """Writes the checkpoint, shard by shard, in the hub's key style."""
     folder.mkdir()
     text = {
         "model_type": "llama",
@@ -78,7 +79,6 @@ def make(folder: Path, layers: int) -> int:
     flush()
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return total
 
 
 def _legacy(name: str) -> str:
@@ -98,7 +98,11 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=given.scratch) as scratch:
         folder = Path(scratch)
-        size = make(folder / "model", given.layers)
+        # In a process of its own: a child's peak counts its parent's memory at the time of the fork.
+        making = multiprocessing.get_context("spawn").Process(target=make, args=(folder / "model", given.layers))
+        making.start()
+        making.join()
+        size = sum(path.stat().st_size for path in (folder / "model").glob("*.safetensors"))
         basis = torch.nn.functional.normalize(torch.randn(1, 4096))
         Guard((SublayerProjection({given.layers - 1: basis}),)).save(folder / "sublayers.safetensors")
         Guard((SharedProjection(basis),)).save(folder / "shared.safetensors")
