@@ -1,0 +1,54 @@
+"""Tiny random models of every vision-language family: configs, and inputs for each modality, without processors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForImageTextToText
+
+Inputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """What varies from one tiny model of a family to the next, where the family has it."""
+
+    width: int = 32
+    heads: int = 4
+    kv_heads: int = 2
+    layers: int = 3
+    tied: bool = False
+    bias: bool = True
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """One family with one text model.
+
+    name: outer model type, "+" and the text model's type where several are possible.  config: a tiny config.
+    inputs: modality ("text", "image", "images", "video", ...) -> keyword arguments of the model's forward.
+    """
+
+    name: str
+    config: Callable[[Knobs], Any]
+    inputs: Callable[[Any], Mapping[str, Inputs]]
+
+
+def build(specimen: Specimen, knobs: Knobs = Knobs(), seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:  # noqa: B008
+    """The model, eager attention, every parameter drawn at random: gains about 1, biases and gates away from 0."""
+    torch.manual_seed(seed)
+    config = specimen.config(knobs)
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=draw)
+            if "norm" in name and name.endswith("weight") and parameter.ndim == 1:
+                parameter.copy_(1 + 0.3 * noise)
+            else:
+                parameter.copy_(noise * (0.5 if parameter.ndim <= 1 else 1.5 / parameter.shape[-1] ** 0.5))
+    return model.to(dtype)
