@@ -1,0 +1,9 @@
+"""Every family that writers.md names, as tiny random models."""
+
+from __future__ import annotations
+
+from specimens import Specimen
+from specimens.llava_kind import LLAVA_KIND
+
+KNOWN: list[Specimen] = [*LLAVA_KIND]
+UNBUILDABLE: dict[str, str] = {}
