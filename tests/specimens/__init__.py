@@ -38,7 +38,7 @@ class Specimen:
     inputs: Callable[[Any], Mapping[str, Inputs]]
 
 
-def build(specimen: Specimen, knobs: Knobs = Knobs(), seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:  # noqa: B008
+def build(specimen: Specimen, knobs: Knobs = Knobs(), seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
     """The model, eager attention, every parameter drawn at random: gains about 1, biases and gates away from 0."""
     torch.manual_seed(seed)
     config = specimen.config(knobs)

@@ -8,10 +8,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from specimens import Inputs, Knobs, Specimen
-from specimens.parts import GRID, IMAGE, SIDE, VIDEO, language, noise, pictures, text, vision
 from transformers import AutoConfig
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
+
+from specimens import Inputs, Knobs, Specimen
+from specimens.parts import GRID, IMAGE, SIDE, VIDEO, language, noise, pictures, text, vision
 
 PINPOINTS = [[SIDE, SIDE], [SIDE, 2 * SIDE], [2 * SIDE, SIDE]]
 TALL, WIDE, SQUARE = (30, 12), (10, 31), (14, 15)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from specimens import Inputs, Knobs
 from torch import Tensor
+
+from specimens import Inputs, Knobs
 
 VOCAB = 64
 PAD, BOS, EOS, IMAGE, VIDEO, START, END = range(7)
