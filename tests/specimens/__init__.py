@@ -39,10 +39,11 @@ class Specimen:
 
 
 def build(specimen: Specimen, knobs: Knobs = Knobs(), seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
-    """The model, eager attention, every parameter drawn at random: gains about 1, biases and gates away from 0."""
+    """The model, attention and experts eager, each parameter drawn at random: gains about 1, biases and gates not 0."""
     torch.manual_seed(seed)
     config = specimen.config(knobs)
-    model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model = AutoModelForImageTextToText.from_config(config, **eager).eval()
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from specimens import Specimen
+from specimens.grid_kind import GRID_KIND
 from specimens.llava_kind import LLAVA_KIND
 
-KNOWN: list[Specimen] = [*LLAVA_KIND]
+KNOWN: list[Specimen] = [*LLAVA_KIND, *GRID_KIND]
 UNBUILDABLE: dict[str, str] = {}
