@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from specimens import Specimen
+from specimens.gemma_kind import GEMMA_KIND
 from specimens.grid_kind import GRID_KIND
 from specimens.llava_kind import LLAVA_KIND
 
-KNOWN: list[Specimen] = [*LLAVA_KIND, *GRID_KIND]
+KNOWN: list[Specimen] = [*LLAVA_KIND, *GRID_KIND, *GEMMA_KIND]
 UNBUILDABLE: dict[str, str] = {}
