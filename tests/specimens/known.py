@@ -6,6 +6,7 @@ from specimens import Specimen
 from specimens.gemma_kind import GEMMA_KIND
 from specimens.grid_kind import GRID_KIND
 from specimens.llava_kind import LLAVA_KIND
+from specimens.tile_kind import TILE_KIND
 
-KNOWN: list[Specimen] = [*LLAVA_KIND, *GRID_KIND, *GEMMA_KIND]
+KNOWN: list[Specimen] = [*LLAVA_KIND, *GRID_KIND, *GEMMA_KIND, *TILE_KIND]
 UNBUILDABLE: dict[str, str] = {}
