@@ -52,4 +52,4 @@ def build(specimen: Specimen, knobs: Knobs = Knobs(), seed: int = 0, dtype: torc
                 parameter.copy_(1 + 0.3 * noise)
             else:
                 parameter.copy_(noise * (0.5 if parameter.ndim <= 1 else 1.5 / parameter.shape[-1] ** 0.5))
-    return model.to(dtype)
+    return model._apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
