@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 Inputs = dict[str, Tensor]
 
@@ -39,11 +39,16 @@ class Specimen:
 
 
 def build(specimen: Specimen, knobs: Knobs = Knobs(), seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
-    """The model, attention and experts eager, each parameter drawn at random: gains about 1, biases and gates not 0."""
+    """The model, attention and experts eager, each parameter drawn at random: gains about 1, biases and gates not 0.
+
+    By AutoModelForImageTextToText, and by AutoModelForCausalLM what it does not know: Phi-4 multimodal.
+    """
     torch.manual_seed(seed)
     config = specimen.config(knobs)
     eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
-    model = AutoModelForImageTextToText.from_config(config, **eager).eval()
+    known = type(config) in AutoModelForImageTextToText._model_mapping
+    auto = AutoModelForImageTextToText if known else AutoModelForCausalLM
+    model = auto.from_config(config, **eager).eval()
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
