@@ -76,6 +76,21 @@ def gemma4(knobs: Knobs, experts: bool = False) -> Any:
     )
 
 
+def gemma3n(knobs: Knobs) -> Any:
+    """As Gemma 4, and several streams beside each other; the tower a convolutional one."""
+    own = {"hidden_size_per_layer_input": 6, "vocab_size_per_layer_input": 64, "num_kv_shared_layers": 1}
+    streams = {"altup_num_inputs": 2, "laurel_rank": 4, "head_dim": knobs.width // knobs.heads}
+    kinds = {"sliding_window": WINDOW, "layer_types": turns(knobs.layers)}
+    return AutoConfig.for_model(
+        "gemma3n",
+        text_config=language("gemma3n_text", knobs, **own, **streams, **kinds),
+        vision_config={"hidden_size": 16, "vocab_size": 4, "vocab_offset": 56},
+        audio_config={"hidden_size": 16, "vocab_size": 4, "vocab_offset": 60, "conf_num_hidden_layers": 1},
+        image_token_id=IMAGE,
+        tie_word_embeddings=knobs.tied,
+    )
+
+
 def prefix(made: Inputs) -> Inputs:
     """PaliGemma's token types: 0 up to the last two words, which see only what is before them."""
     kinds = torch.zeros_like(made["input_ids"])
@@ -132,6 +147,7 @@ def gemma4_inputs(config: Any) -> dict[str, Inputs]:
     }
 
 
+GEMMA3N = Specimen("gemma3n", gemma3n, gemma3_inputs)
 GEMMA_KIND = [
     *[Specimen(f"paligemma+{kind}", partial(paligemma, kind), pali_inputs) for kind in ("gemma", "gemma2")],
     Specimen("gemma3", gemma3, gemma3_inputs),

@@ -17,12 +17,15 @@ LATENTS = 3
 POOL = 2
 BLOCKS = (GRID // POOL) ** 2
 EXTRA = 8
-MOLMO_IMAGE = VOCAB + 2
+MOLMO_IMAGE = IDEFICS_IMAGE = VOCAB + 2
 AUDIO = 5
 
 
 def idefics(gates: str, knobs: Knobs) -> Any:
-    """Cross-attention before every layer, gated by a number; or before the first, gated by channel and resampled."""
+    """Cross-attention before every layer, gated by a number; or before the first, gated by channel and resampled.
+
+    The picture's token is one of the additional ones, embedded apart.
+    """
     vector = gates == "vector"
     inner = language("idefics", knobs, additional_vocab_size=EXTRA)
     for absent in ("model_type", "num_key_value_heads"):
@@ -89,7 +92,7 @@ def phi4(knobs: Knobs) -> Any:
 
 def attended(made: Inputs, shown: int, seed: int) -> Inputs:
     """`shown` pictures to a row; each word sees the pictures whose tokens it follows."""
-    follows = (made["input_ids"] == IMAGE).cumsum(dim=1)
+    follows = (made["input_ids"] == IDEFICS_IMAGE).cumsum(dim=1)
     sees = follows[..., None] > torch.arange(shown)
     pixels = noise(len(follows), shown, 3, SIDE, SIDE, seed=seed)
     return made | {"pixel_values": pixels, "image_attention_mask": sees.long()}
@@ -99,8 +102,8 @@ def crossed(config: Any) -> dict[str, Inputs]:
     """The class wants pictures even where no word sees one."""
     return {
         "text": attended(text(), shown=1, seed=2),
-        "image": attended(pictures(1), shown=1, seed=0),
-        "images": attended(pictures(1, 1, 1), shown=2, seed=1),
+        "image": attended(pictures(1, token=IDEFICS_IMAGE), shown=1, seed=0),
+        "images": attended(pictures(1, 1, 1, token=IDEFICS_IMAGE), shown=2, seed=1),
     }
 
 
