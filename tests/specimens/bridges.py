@@ -18,7 +18,7 @@ VISUAL_WORDS = 20
 
 def queries(kind: str, inner: str, knobs: Knobs) -> Any:
     """The Q-Former looks at the picture in the first of its two layers."""
-    former = {"vocab_size": VOCAB, "hidden_size": 20, "intermediate_size": 24, "pad_token_id": PAD}
+    former: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 20, "intermediate_size": 24, "pad_token_id": PAD}
     former |= {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 32}
     tower = {"blip-2": "blip_2_vision_model", "instructblip": "instructblip_vision_model"}[kind]
     return AutoConfig.for_model(
@@ -46,7 +46,13 @@ def deepseek(knobs: Knobs) -> Any:
 def janus(knobs: Knobs) -> Any:
     """An aligner of three layers; the parts that draw pictures as small as can be."""
     tower = {"mlp_ratio": 1.5, "projection_dim": knobs.width, "depth": 3, "num_image_tokens": GRID**2}
-    drawing = {"embed_dim": 8, "num_embeddings": 16, "latent_channels": 32, "base_channels": 32, "num_res_blocks": 1}
+    drawing: dict[str, Any] = {
+        "embed_dim": 8,
+        "num_embeddings": 16,
+        "latent_channels": 32,
+        "base_channels": 32,
+        "num_res_blocks": 1,
+    }
     drawing |= {"channel_multiplier": [1, 1], "projection_dim": knobs.width, "image_token_embed_dim": knobs.width}
     seen = vision("janus_vision_model", attention_bias=knobs.bias, **tower)
     del seen["intermediate_size"]
