@@ -44,6 +44,14 @@ def test_a_specimen_takes_every_modality(specimen: Specimen, knobs: Knobs) -> No
         assert modality == "text" or not torch.equal(plain, logits(model, changed(inputs))), modality
 
 
+def test_in_exact_float64_stays_and_the_default_comes_back() -> None:
+    values = torch.ones(2, dtype=torch.float64)
+    with exact():
+        made = [values.float(), values.to(torch.float32), torch.softmax(values, 0, dtype=torch.float32), torch.ones(2)]
+    assert {tensor.dtype for tensor in made} == {torch.float64}
+    assert torch.ones(2).dtype == values.float().dtype == torch.float32
+
+
 def test_names_are_told_apart() -> None:
     names = [specimen.name for specimen in KNOWN]
     assert len(set(names)) == len(names) and set(names) >= UNTIED

@@ -15,7 +15,7 @@ Inputs = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Knobs:
-    """What varies from one tiny model of a family to the next, where the family has it."""
+    """What varies from one tiny model of a family to the next, where the family has it; two layers at least."""
 
     width: int = 32
     heads: int = 4
@@ -42,6 +42,7 @@ def build(specimen: Specimen, knobs: Knobs = Knobs(), seed: int = 0, dtype: torc
     """The model, attention and experts eager, each parameter drawn at random: gains about 1, biases and gates not 0.
 
     By AutoModelForImageTextToText, and by AutoModelForCausalLM what it does not know: Phi-4 multimodal.
+    A float64 model is to be run in specimens.exact.exact(), else padded rows become nan.
     """
     torch.manual_seed(seed)
     config = specimen.config(knobs)
