@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
+    ErnieFuseAndSplitTextVisionExperts,
     MergeModulelist,
     Transpose,
     WeightConverter,
@@ -52,6 +53,8 @@ class Stored:
                 turned = list(shape)
                 turned[ends[0]], turned[ends[1]] = turned[ends[1]], turned[ends[0]]
                 shape = tuple(turned)
+            elif isinstance(operation, ErnieFuseAndSplitTextVisionExperts) and operation.stack_dim == 0 and axis > 0:
+                return axis - 1  # each expert of either kind is a tensor of its own
             elif isinstance(operation, MergeModulelist) and operation.dim == 0 and axis > 0:
                 axis, shape = axis - 1, shape[1:]
             elif not (isinstance(operation, Concatenate) and operation.dim % len(shape) != axis):

@@ -79,6 +79,8 @@ class Family:
     """Layer -> its dense MLP or shared expert, for the layers that have one."""
     bias_flag: str | None
     """The text config's entry that gives every MLP biases, where the family has one."""
+    text_config_key: str | None
+    """The entry of config.json that is the text model's config; None where config.json is that itself."""
     neurons_key: str
     """The text config's entry that counts an MLP's neurons."""
     embedding: str
@@ -184,14 +186,18 @@ def family_of(checkpoint: Checkpoint, family_file: Path | None = None) -> Family
     prefix = module_name(model, decoder(model))
     layers = len(decoder_layers(model))
     search = _Search(checkpoint, layout, model.state_dict(keep_vars=True), text_config.hidden_size)
-    writers = (*search.rows(vision.get("writer", []), ""), *search.rows(text["writer"], prefix))
+    found = (*search.rows(vision.get("writer", []), ""), *search.rows(text["writer"], prefix))
+    writers = tuple({writer.disk: writer for writer in reversed(found)}.values())[::-1]
     bare = set(range(layers)) - {writer.layer for writer in writers}
     if bare:
         raise InputError(f"{checkpoint.folder}: no row of {text_type!r} says what layer {min(bare)} writes")
-    embedding = layout.plain(module_name(model, model.get_input_embeddings()) + "weight")
-    if embedding is None or embedding not in {writer.disk for writer in writers}:
+    tables = [writer.disk for writer in writers if writer.role == "embedding"]
+    if not tables:
         raise InputError(f"{checkpoint.folder}: no row of {text_type!r} says that the embedding table writes")
-    head = module_name(model, model.get_output_embeddings()) + "weight"
+    head = module_name(model, head_of(model)) + "weight"
+    ties = {tied: source for tied, source in model.all_tied_weights_keys.items() if tied not in layout.stored}
+    embedding = layout.plain(ties[head]) if head in ties else None
+    more = ["more than the head is tied to what embeds"] if set(ties) - {head} else []
     return Family(
         model_type=outer_type,
         text_model_type=text_type,
@@ -200,11 +206,12 @@ def family_of(checkpoint: Checkpoint, family_file: Path | None = None) -> Family
         writers=writers,
         mlps=_mlps(text.get("mlp", []), prefix, layers, layout),
         bias_flag=text.get("bias_flag", {}).get(text_type),
+        text_config_key=next((key for key in model.config.sub_configs if getattr(model.config, key) is text_config), None),
         neurons_key=text.get("neurons", "intermediate_size"),
-        embedding=embedding,
-        head=layout.plain(head),
-        untied_head=_untied_name(model, layout, embedding, head),
-        obstacles=(*_obstacles(vision, model.config), *_obstacles(text, text_config)),
+        embedding=embedding or tables[0],
+        head=None if head not in layout.stored else layout.stored[head].disk[0],
+        untied_head=_untied_name(model, layout, embedding or tables[0], head),
+        obstacles=(*_obstacles(vision, model.config), *_obstacles(text, text_config), *more),
     )
 
 
@@ -214,6 +221,16 @@ def module_name(model: PreTrainedModel, module: nn.Module) -> str:
         if each is module:
             return f"{name}." if name else ""
     raise InputError(f"{type(model).__name__}: has no {type(module).__name__} of its own")
+
+
+def head_of(model: PreTrainedModel) -> nn.Module:
+    """The language model's head. InputError where there is none."""
+    found = model.get_output_embeddings()
+    called = (module for name, module in model.named_modules() if name.rpartition(".")[2] == "lm_head")
+    head = found if found is not None else next(called, None)
+    if head is None:
+        raise InputError(f"{type(model).__name__}: no head found in it")
+    return head
 
 
 def _obstacles(row: Row, config: PretrainedConfig) -> Iterator[str]:

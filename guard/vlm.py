@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
@@ -13,7 +13,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from .errors import InputError
@@ -27,6 +34,9 @@ ALIASES = {
 DEMO = "demo"
 """The name of the small model that comes with the package; its folder is package data."""
 
+OTHER_CLASSES: dict[str, Any] = {"phi4_multimodal": AutoModelForMultimodalLM}
+"""Model type -> auto class, for vision-language models that AutoModelForImageTextToText does not know."""
+
 DOWNLOADED = ["*.safetensors", "*.json", "*.jsonl", "*.jinja", "*.model", "*.txt", "LICENSE*", "images/*"]
 """What a hub repository is asked for: safetensors, configs, tokenizer, processor, prompt files. No pickles."""
 
@@ -37,7 +47,7 @@ ATTENTION_NAMES = (
 )
 MLP_NAMES = (
     *("mlp", "feed_forward", "block_sparse_moe", "shared_mlp", "fc2"),
-    *("experts", "per_layer_projection"),
+    *("experts", "per_layer_projection", "ffn"),
 )
 SHARED_EXPERT_NAMES = ("shared_expert", "shared_experts")
 """Where an MLP of experts keeps the dense one that every token passes through."""
@@ -50,7 +60,7 @@ MLP_LINEARS: tuple[tuple[str, str | None, str], ...] = (
 """Attributes of a dense MLP: (gate, up, down) where it is gated, (first, None, second) where it is plain."""
 
 ACTIVATION_NAMES = ("act_fn", "activation_fn")
-FINAL_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "embedding_norm", "ln_f", "norm_f", "final_norm")
+FINAL_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "embedding_norm", "ln_f", "norm_f", "layer_norm")
 EXTRA_LAYER_LISTS = ("gated_cross_attn_layers",)
 """Blocks between the decoder layers that read the residual stream and write to it."""
 
@@ -127,11 +137,16 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path}: not JSON ({error})") from error
     if not isinstance(config, dict):
         raise InputError(f"{path}: not a JSON object")
-    if str(config.get("model_type")) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+    if str(config.get("model_type")) not in {*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, *OTHER_CLASSES}:
         raise InputError(
             f"{folder}: model_type {config.get('model_type')!r} is not a vision-language model that transformers knows"
         )
     return config
+
+
+def auto_class(config: Mapping[str, Any]) -> Any:
+    """The auto class that builds and loads the vision-language model of a config.json."""
+    return OTHER_CLASSES.get(config["model_type"], AutoModelForImageTextToText)
 
 
 def check_weights(folder: Path) -> None:
@@ -151,12 +166,12 @@ def load(folder: Path, device: str | None = None, dtype: torch.dtype | None = No
 
     Raises InputError if the folder is not a vision-language model with safetensors weights and a processor.
     """
-    read_config(folder)
+    config = read_config(folder)
     check_weights(folder)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     try:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = auto_class(config).from_pretrained(
             folder,
             dtype=dtype,
             use_safetensors=True,
@@ -208,11 +223,11 @@ def meta_model(folder: Path) -> PreTrainedModel:
     """The model of `folder` without its weights: parameters on the meta device, buffers real. No weights are read."""
     from accelerate import init_empty_weights
 
-    read_config(folder)
+    auto = auto_class(read_config(folder))
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+            model = auto.from_config(config, dtype=torch.float32)
     except Exception as error:  # foreign numbers can break a constructor in any way
         reason = _first_line(error)
         raise InputError(f"{folder}: config.json describes no model that transformers can build ({reason})") from error

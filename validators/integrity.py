@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText
 
 from ..export.checkpoint import Checkpoint, TensorInfo
 from ..export.edits import Folded, row_blocks
@@ -16,7 +15,7 @@ from ..export.fold import Fold
 from ..export.names import Layout
 from ..export.writers import Family
 from ..guard.progress import track
-from ..guard.vlm import meta_model
+from ..guard.vlm import auto_class, meta_model
 
 COMPARE_BYTES = 16 * 2**20
 LOAD_BELOW_BYTES = 512 * 2**20
@@ -96,7 +95,7 @@ def _same_bytes(source: Checkpoint, name: str, folded: Checkpoint, other: str) -
 def _load(folded: Checkpoint, added: set[str]) -> tuple[str, list[str]]:
     """What from_pretrained says; tensors that it finds superfluous are no problem unless they were `added`."""
     try:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = auto_class(folded.config).from_pretrained(
             folded.folder, output_loading_info=True, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # foreign files can break a constructor in any way

@@ -22,7 +22,7 @@ from ..export.checkpoint import Checkpoint, open_regular, read_rows
 from ..export.edits import Folded, row_blocks
 from ..export.fold import Fold
 from ..export.names import Layout
-from ..export.writers import module_name
+from ..export.writers import head_of, module_name
 from ..guard.errors import InputError
 from ..guard.vlm import meta_model
 
@@ -45,7 +45,7 @@ class _Weights:
         self.layout = Layout(model, {**checkpoint.shapes, **fold.grown})
         tied = dict(model.all_tied_weights_keys)
         if fold.untie:  # the config says untied already, the file does not yet
-            head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+            head, embedding = head_of(model), model.get_input_embeddings()
             tied[module_name(model, head) + "weight"] = module_name(model, embedding) + "weight"
         self.tied = {name: of for name, of in tied.items() if name not in self.layout.stored}
         self.files = {shard.path: open_regular(checkpoint.folder, shard.path.name) for shard in checkpoint.shards}
