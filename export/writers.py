@@ -262,7 +262,9 @@ class _Search:
                 name = prefix + _target(row)
                 raise InputError(f"{self.checkpoint.folder}: no tensor for {name}, which writes to the residual stream")
             for match in found:
-                yield from self._writers(row, prefix, match)
+                rival = f"{prefix}{row.get('unless', '')}.weight".replace("{layer}", match.groupdict().get("layer") or "")
+                if "unless" not in row or rival not in self.state:
+                    yield from self._writers(row, prefix, match)
 
     def _matches(self, prefix: str, target: str) -> list[re.Match[str]]:
         pattern = pattern_of(prefix, target)

@@ -29,7 +29,34 @@ ALIASES = {
     "llava": "llava-hf/llava-1.5-7b-hf",
     "llava-13b": "llava-hf/llava-1.5-13b-hf",
     "llava-next": "llava-hf/llava-v1.6-mistral-7b-hf",
+    "llava-onevision": "llava-hf/llava-onevision-qwen2-7b-ov-hf",
     "vip-llava": "llava-hf/vip-llava-7b-hf",
+    "video-llava": "LanguageBind/Video-LLaVA-7B-hf",
+    "qwen2-vl": "Qwen/Qwen2-VL-7B-Instruct",
+    "qwen2.5-vl": "Qwen/Qwen2.5-VL-7B-Instruct",
+    "qwen3-vl": "Qwen/Qwen3-VL-8B-Instruct",
+    "internvl": "OpenGVLab/InternVL3-8B-hf",
+    "idefics2": "HuggingFaceM4/idefics2-8b",
+    "idefics3": "HuggingFaceM4/Idefics3-8B-Llama3",
+    "smolvlm": "HuggingFaceTB/SmolVLM-Instruct",
+    "paligemma": "google/paligemma-3b-mix-224",
+    "paligemma2": "google/paligemma2-3b-mix-224",
+    "gemma3": "google/gemma-3-4b-it",
+    "pixtral": "mistral-community/pixtral-12b",
+    "mistral-small": "mistralai/Mistral-Small-3.1-24B-Instruct-2503",
+    "llama-vision": "meta-llama/Llama-3.2-11B-Vision-Instruct",
+    "llama4": "meta-llama/Llama-4-Scout-17B-16E-Instruct",
+    "aya-vision": "CohereLabs/aya-vision-8b",
+    "aria": "rhymes-ai/Aria",
+    "granite-vision": "ibm-granite/granite-vision-3.3-2b",
+    "lfm2-vl": "LiquidAI/LFM2-VL-1.6B",
+    "glm-4.1v": "zai-org/GLM-4.1V-9B-Thinking",
+    "blip2": "Salesforce/blip2-opt-2.7b",
+    "instructblip": "Salesforce/instructblip-vicuna-7b",
+    "deepseek-vl": "deepseek-community/deepseek-vl-7b-chat",
+    "janus": "deepseek-community/Janus-Pro-7B",
+    "ovis2": "thisisiron/Ovis2-8B-hf",
+    "fuyu": "adept/fuyu-8b",
 }
 DEMO = "demo"
 """The name of the small model that comes with the package; its folder is package data."""
@@ -227,7 +254,7 @@ def meta_model(folder: Path) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with init_empty_weights(include_buffers=False):
-            model = auto.from_config(config, dtype=torch.float32)
+            model = auto.from_config(config, dtype=torch.float32, experts_implementation="eager")
     except Exception as error:  # foreign numbers can break a constructor in any way
         reason = _first_line(error)
         raise InputError(f"{folder}: config.json describes no model that transformers can build ({reason})") from error

@@ -17,6 +17,7 @@ from transformers import BatchFeature, PreTrainedModel
 
 from ..export.checkpoint import DTYPES, Checkpoint
 from ..export.fold import Fold
+from ..guard.errors import InputError
 from ..guard.guard import Guard
 from ..guard.hooks import attached
 from ..guard.progress import bar
@@ -33,6 +34,12 @@ TOLERANCE = 1e-5
 
 ROUNDING_FACTOR = 8.0
 """A rounded file may be this many times as far from its hooks as one sample of rounding noise is from no noise."""
+
+APPROXIMATE_LIMIT = 0.5
+"""A fold that no weights can make exact may be this far from its hooks, relative to what the hooks change."""
+
+NEVER_SAID = 1e30
+"""Logits beyond this are words that a model forbids with its dtype's least number; they are not compared."""
 
 POSITIONS = 64
 """Positions compared in each row: an image prompt has hundreds, and each has a logit for every word."""
@@ -51,11 +58,14 @@ every prompt position is compared instead."""
 class Equivalence:
     """Differences are max |a - b| over all positions and batches, relative to the original's largest |logit|.
 
-    edit: hooked vs original, what the guard changes.  folded: file vs hooked.  exact: the fold before rounding vs
-    hooked (equal to `folded` for float32 files).  noise: what rounding noise does; None for float32.  argmax: share
-    of positions whose most likely token agrees.  greedy: share of generated tokens that agree, if any were.
+    compared: the kinds of prompts that were run.  approximate: why no weights equal the hooks (Fold.approximate); None where they do.  edit: hooked vs original, what
+    the guard changes.  folded: file vs hooked, or vs the fold before rounding if it is approximate.  exact: the fold
+    before rounding vs hooked (equal to `folded` for float32 files).  noise: what rounding noise does; None for float32.
+    argmax: share of positions whose most likely token agrees.  greedy: share of generated tokens that agree, if any were.
     """
 
+    compared: tuple[str, ...]
+    approximate: str | None
     scale: float
     edit: float
     folded: float
@@ -104,7 +114,8 @@ def _logits(model: PreTrainedModel, batches: Batches) -> Logits:
         mask = batch["attention_mask"].bool()
         kept = torch.linspace(0, mask.shape[1] - 1, min(POSITIONS, mask.shape[1])).round().long()
         logits = forward(model, batch, use_cache=False, logits_to_keep=kept).logits.float()
-        compared[name] = logits[mask[:, kept]]
+        said = logits[mask[:, kept]]
+        compared[name] = said.where(said.abs() < NEVER_SAID, 0)
     return compared
 
 
@@ -135,6 +146,8 @@ def compare(source: Checkpoint, folded: Checkpoint, guard: Guard, fold: Fold) ->
         task = progress.add_task("equivalence", total=5 if rounded else 3)
         with streamed(source) as model:
             batches = comparison_batches(model, source.folder)
+            if not batches:
+                raise InputError(f"{source.folder}: no prompt to compare with; add the model's processor to the folder")
             generated = batches if source.data_bytes <= GENERATE_BELOW_BYTES else {}
             original = _logits(model, batches)
             progress.advance(task)
@@ -159,9 +172,11 @@ def compare(source: Checkpoint, folded: Checkpoint, guard: Guard, fold: Fold) ->
     worst_tensor = max(per_tensor, key=lambda name: per_tensor[name] / tensor_tolerance(dtypes[name]), default=None)
     choices = [torch.cat([each.argmax(-1) for each in logits.values()]).tolist() for logits in (got, hooked)]
     result = Equivalence(
+        compared=tuple(batches),
+        approximate=fold.approximate,
         scale=scale,
         edit=_distance(hooked, original, scale),
-        folded=_distance(got, hooked, scale),
+        folded=_distance(got, exact_logits if fold.approximate else hooked, scale),
         exact=_distance(exact_logits, hooked, scale),
         noise=noise,
         argmax=_agreement(*choices) or 0.0,
@@ -195,13 +210,19 @@ def _distance(a: Logits, b: Logits, scale: float) -> float:
 def _failures(result: Equivalence) -> list[str]:
     """What is not as it must be, a line each; empty when the fold equals its hooks."""
     failures = []
-    if not result.exact <= TOLERANCE:
+    if result.approximate:
+        if not result.exact <= APPROXIMATE_LIMIT * result.edit:
+            failures.append(
+                f"an approximate fold, {result.exact:.1e} from its hooks, which change {result.edit:.1e}: not close "
+                f"(limit {APPROXIMATE_LIMIT:.0%} of that)"
+            )
+    elif not result.exact <= TOLERANCE:
         failures.append(f"fold and hooks differ by {result.exact:.1e} of the logits' scale (limit {TOLERANCE:.0e})")
     if result.noise is None:
-        if result.greedy is not None and result.greedy < 1:
+        if result.greedy is not None and result.greedy < 1 and not result.approximate:
             failures.append(f"only {result.greedy:.1%} of {result.greedy_tokens} greedy tokens equal the hooks'")
     elif not result.folded <= ROUNDING_FACTOR * result.noise + TOLERANCE:
-        failures.append(f"the file is {result.folded:.1e} from its hooks, rounding explains {result.noise:.1e}")
+        failures.append(f"the file is {result.folded:.1e} from what it should be, rounding explains {result.noise:.1e}")
     if result.activation_leak is not None and not result.activation_leak <= result.activation_tolerance:
         failures.append(
             f"{result.worst_activation} still carries {result.activation_leak:.1e} of its size along the direction "
