@@ -42,7 +42,7 @@ def build(specimen: Specimen, knobs: Knobs = Knobs(), seed: int = 0, dtype: torc
     """The model, eager attention, every parameter drawn at random: gains about 1, biases and gates away from 0."""
     torch.manual_seed(seed)
     config = specimen.config(knobs)
-    model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager", experts_implementation="eager").eval()
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
