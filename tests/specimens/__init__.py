@@ -42,7 +42,7 @@ def build(specimen: Specimen, knobs: Knobs = Knobs(), seed: int = 0, dtype: torc
     """The model, eager attention, every parameter drawn at random: gains about 1, biases and gates away from 0."""
     torch.manual_seed(seed)
     config = specimen.config(knobs)
-    model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager", experts_implementation="eager").eval()
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager", experts_implementation="eager")
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -51,4 +51,4 @@ def build(specimen: Specimen, knobs: Knobs = Knobs(), seed: int = 0, dtype: torc
                 parameter.copy_(1 + 0.3 * noise)
             else:
                 parameter.copy_(noise * (0.5 if parameter.ndim <= 1 else 1.5 / parameter.shape[-1] ** 0.5))
-    return model.to(dtype)
+    return model.eval().to(dtype)

@@ -1,11 +1,12 @@
-"""Tiny models of the families the writers' table does not name, and which image-to-text classes are left out and why."""
+"""Tiny models of the families the writers' table does not name; which image-to-text classes are left out, and why."""
 
 from __future__ import annotations
 
 from specimens import Specimen
 from specimens.beyond_first import FIRST
+from specimens.beyond_second import SECOND
 
-BEYOND: list[Specimen] = [*FIRST]
+BEYOND: list[Specimen] = [*FIRST, *SECOND]
 
 NOT_DECODERS: dict[str, str] = {
     "blip": "the text model cross-attends to the picture from a BERT-like decoder; nothing enters the embeddings",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
 
 import torch
 from transformers import (
@@ -22,6 +22,7 @@ from specimens.beyond_parts import (
     MARKS,
     PATCH,
     gridded,
+    latent_attention,
     noise,
     one,
     plain,
@@ -98,8 +99,8 @@ def lfm2_vl_inputs(config: Lfm2VlConfig) -> Mapping[str, Inputs]:
     }
 
 
-def lfm3_vl(knobs: Knobs) -> Lfm3VlConfig:
-    """Convolution, sliding and full attention layers, all with norms on their outputs too."""
+def lfm3_vl(knobs: Knobs, post_norms: bool = True) -> Lfm3VlConfig:
+    """Convolution, sliding and full attention layers; as published, with norms on their outputs too."""
     layers = max(knobs.layers, 3)
     kinds = ["conv", "full_attention", "sliding_attention"]
     more = {
@@ -109,6 +110,7 @@ def lfm3_vl(knobs: Knobs) -> Lfm3VlConfig:
         "conv_L_cache": 3,
         "sliding_window": 5,
         "attention_bias": knobs.bias,
+        "use_sandwich_norm": post_norms,
     }
     vision = vision_settings(
         num_key_value_heads=1, layer_types=["conv", "full_attention"], temporal_patch_size=1, num_attention_heads=2
@@ -125,18 +127,6 @@ def lfm3_vl(knobs: Knobs) -> Lfm3VlConfig:
 def lfm3_vl_inputs(config: Lfm3VlConfig) -> Mapping[str, Inputs]:
     """Flat patches with grids."""
     return gridded((3 * PATCH**2,))
-
-
-def latent_attention(knobs: Knobs) -> dict[str, Any]:
-    """Low-rank queries, keys and values."""
-    return {
-        "q_lora_rank": 12,
-        "kv_lora_rank": 10,
-        "qk_rope_head_dim": 4,
-        "qk_nope_head_dim": 4,
-        "v_head_dim": 6,
-        "num_key_value_heads": knobs.heads,
-    }
 
 
 def kimi_k25(knobs: Knobs) -> Kimi_K25Config:
@@ -183,7 +173,7 @@ def ernie4_5_vl_moe(knobs: Knobs) -> Ernie4_5_VLMoeConfig:
 
 def ernie4_5_vl_moe_inputs(config: Ernie4_5_VLMoeConfig) -> Mapping[str, Inputs]:
     """Flat patches with grids; two frames of a video make one."""
-    modalities = gridded((3 * PATCH**2,), frames=2, video_tokens=4, with_kinds=True)
+    modalities = gridded((3 * PATCH**2,), tokens=lambda t, h, w: (t + 1) // 2 * h * w // 4, with_kinds=True)
     return {
         name: given | {"moe_mm_token_type_ids": (given["mm_token_type_ids"] > 0).long()}
         for name, given in modalities.items()
@@ -240,6 +230,7 @@ FIRST = [
     Specimen("granite4_vision", granite4_vision, granite4_vision_inputs),
     Specimen("lfm2_vl", lfm2_vl, lfm2_vl_inputs),
     Specimen("lfm3_vl", lfm3_vl, lfm3_vl_inputs),
+    Specimen("lfm3_vl+prenorm", partial(lfm3_vl, post_norms=False), lfm3_vl_inputs),
     Specimen("kimi_k25", kimi_k25, kimi_k25_inputs),
     Specimen("ernie4_5_vl_moe", ernie4_5_vl_moe, ernie4_5_vl_moe_inputs),
     Specimen("cohere2_vision", cohere2_vision, cohere2_vision_inputs),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,18 @@ def vision_settings(**more: Any) -> dict[str, Any]:
         "num_attention_heads": 2,
         "patch_size": PATCH,
         **more,
+    }
+
+
+def latent_attention(knobs: Knobs) -> dict[str, Any]:
+    """Low-rank queries, keys and values."""
+    return {
+        "q_lora_rank": 12,
+        "kv_lora_rank": 10,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4,
+        "v_head_dim": 6,
+        "num_key_value_heads": knobs.heads,
     }
 
 
@@ -102,14 +114,14 @@ def gridded(
     pixels: tuple[int, ...],
     merge: int = 2,
     frames: int = 2,
-    video_tokens: int | None = None,
+    tokens: Callable[[int, int, int], int] | None = None,
     with_kinds: bool = False,
     apart: bool = False,
 ) -> Mapping[str, Inputs]:
     """Inputs of the classes that take flat patches and a (time, height, width) grid for each picture.
 
     pixels: the shape of one patch.  frames: length of the video in temporal patches, 0 for no video.
-    video_tokens: how many placeholders the video has; by default one for each merged patch of each frame.
+    tokens: how many placeholders a grid stands for; by default one for each merged patch of each frame.
     with_kinds: whether the class wants to be told which tokens are placeholders.  apart: whether each frame of a video
     stands on its own among the tokens.
     """
@@ -118,17 +130,17 @@ def gridded(
     def patches(grids: Sequence[tuple[int, int, int]], seed: int) -> Tensor:
         return noise(sum(t * h * w for t, h, w in grids), *pixels, seed=seed)
 
-    def counts(grids: Sequence[tuple[int, int, int]]) -> list[int]:
-        return [t * h * w // merge**2 for t, h, w in grids]
+    def merged(t: int, h: int, w: int) -> int:
+        return t * h * w // merge**2
 
+    count = tokens or merged
     modalities = {"text": text_only()}
-    modalities["image"] = one(counts(single)[0]) | pictures(patches(single, 1), single)
-    modalities["images"] = several(counts(many)) | pictures(patches(many, 2), many)
+    modalities["image"] = one(count(*single[0])) | pictures(patches(single, 1), single)
+    modalities["images"] = several([count(*grid) for grid in many]) | pictures(patches(many, 2), many)
     if frames:
         film = [(frames, 4, 4)]
-        count = video_tokens if video_tokens is not None else counts(film)[0]
-        row = [token for _ in range(frames) for token in spoken(count // frames, VIDEO)] if apart else None
-        modalities["video"] = prompts(row or spoken(count, VIDEO)) | films(patches(film, 3), film)
+        row = [token for _ in range(frames) for token in spoken(count(1, 4, 4), VIDEO)] if apart else None
+        modalities["video"] = prompts(row or spoken(count(*film[0]), VIDEO)) | films(patches(film, 3), film)
     if with_kinds:
         modalities = {name: given | {"mm_token_type_ids": kinds(given)} for name, given in modalities.items()}
     return modalities
