@@ -10,7 +10,7 @@ from torch import Tensor
 
 from specimens import Inputs, Knobs
 
-VOCABULARY = 64
+VOCABULARY, WORDS = 64, 50
 START, END, IMAGE, VIDEO, AUDIO = 58, 59, 60, 61, 62
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 MARKS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "tie_word_embeddings": False}
@@ -66,7 +66,7 @@ def rope(knobs: Knobs, theta: float = 10000.0, **more: Any) -> dict[str, Any]:
 
 def words(count: int, seed: int = 0) -> list[int]:
     """Ordinary tokens, none of them special."""
-    return torch.randint(3, START, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return torch.randint(3, WORDS, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def noise(*shape: int, seed: int = 7) -> Tensor:

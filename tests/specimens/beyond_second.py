@@ -21,9 +21,11 @@ from transformers import (
 
 from specimens import Inputs, Knobs, Specimen
 from specimens.beyond_parts import (
+    END,
     IMAGE,
     MARKS,
     PATCH,
+    START,
     VIDEO,
     gridded,
     latent_attention,
@@ -36,6 +38,8 @@ from specimens.beyond_parts import (
     text_settings,
     vision_settings,
 )
+
+VIDEO_START, VIDEO_END = 56, 57
 
 
 def glm_vision(knobs: Knobs, **more: Any) -> dict[str, Any]:
@@ -91,10 +95,10 @@ def glm_ocr(knobs: Knobs) -> GlmOcrConfig:
 
 def glm_inputs(config: Any) -> Mapping[str, Inputs]:
     """Flat patches of two frames with grids; the frames of a video stand apart, written with the token of pictures."""
-    with_kinds = config.model_type != "glm5_next"
-    modalities = gridded((3 * 2 * PATCH**2,), with_kinds=with_kinds, apart=True)
+    modalities = gridded((3 * 2 * PATCH**2,), with_kinds=config.model_type != "glm5_next", apart=True)
     video = modalities["video"]
-    ids = video["input_ids"].masked_fill(video["input_ids"] == VIDEO, IMAGE)
+    written = {VIDEO: IMAGE, START: VIDEO_START, END: VIDEO_END}
+    ids = video["input_ids"].clone().apply_(lambda token: written.get(token, token))
     return {**modalities, "video": video | {"input_ids": ids}}
 
 
@@ -123,6 +127,8 @@ def glm5_next(knobs: Knobs) -> Glm5NextConfig:
     return Glm5NextConfig(
         text_config=text_settings(knobs, num_hidden_layers=layers, **more),
         vision_config=glm_vision(knobs, projection_intermediate_size=20),
+        video_start_token_id=VIDEO_START,
+        video_end_token_id=VIDEO_END,
         **MARKS | {"tie_word_embeddings": knobs.tied},
     )
 
