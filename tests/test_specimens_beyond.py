@@ -10,12 +10,16 @@ from specimens.exact import exact
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 KNOBS = [Knobs(), Knobs(width=48, kv_heads=4, tied=True, bias=False)]
-PIXELS = ("pixel_values", "pixel_values_videos")
 
 
 def changed(inputs: Inputs) -> Inputs:
-    """The same prompt about other pictures."""
-    return {name: 0.5 * value + value.roll(1, -1) if name in PIXELS else value for name, value in inputs.items()}
+    """The same prompt about other pictures, or other sounds."""
+    return {name: 0.5 * value + value.roll(1, -1) if raw(value) else value for name, value in inputs.items()}
+
+
+def raw(value: object) -> bool:
+    """Whether these are pixels or samples: nothing else is floating point."""
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 @pytest.mark.parametrize("knobs", KNOBS, ids=lambda knobs: str(knobs.width))
