@@ -31,7 +31,7 @@ def test_runs_every_modality(specimen: Specimen, knobs: Knobs) -> None:
         for modality, inputs in specimen.inputs(model.config).items():
             logits = model(**inputs).logits
             assert logits.isfinite().all()
-            if modality != "text":
+            if any(map(raw, inputs.values())):
                 assert (model(**changed(inputs)).logits - logits).abs().max() > 1e-3, modality
 
 

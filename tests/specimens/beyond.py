@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from specimens import Specimen
+from specimens.beyond_fifth import FIFTH
 from specimens.beyond_first import FIRST
 from specimens.beyond_fourth import FOURTH
 from specimens.beyond_second import SECOND
 from specimens.beyond_third import THIRD
 
-BEYOND: list[Specimen] = [*FIRST, *SECOND, *THIRD, *FOURTH]
+BEYOND: list[Specimen] = [*FIRST, *SECOND, *THIRD, *FOURTH, *FIFTH]
 
 NOT_DECODERS: dict[str, str] = {
     "blip": "the text model cross-attends to the picture from a BERT-like decoder; nothing enters the embeddings",

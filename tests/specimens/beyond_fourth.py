@@ -182,7 +182,7 @@ def nemotron_h_omni(knobs: Knobs, latent: int | None = None) -> NemotronH_Omni_R
 
 
 def nemotron_h_omni_inputs(config: NemotronH_Omni_Reasoning_V3_Config) -> Mapping[str, Inputs]:
-    """Flat patches with grids; eight frames of sound make a token.  No video: the class fails on any in this release."""
+    """Flat patches with grids; eight frames of sound make a token.  No video: this release fails on any."""
 
     def patches(grids: list[list[int]], seed: int) -> Inputs:
         sizes = torch.tensor(grids)

@@ -64,6 +64,16 @@ def rope(knobs: Knobs, theta: float = 10000.0, **more: Any) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": theta, "mrope_section": sections, **more}
 
 
+def half_rope() -> dict[str, Any]:
+    """Three-axis rotary positions on half of a head of sixteen."""
+    return {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [2, 1, 1],
+    }
+
+
 def words(count: int, seed: int = 0) -> list[int]:
     """Ordinary tokens, none of them special."""
     return torch.randint(3, WORDS, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
