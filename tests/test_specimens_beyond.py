@@ -14,12 +14,12 @@ KNOBS = [Knobs(), Knobs(width=48, kv_heads=4, tied=True, bias=False)]
 
 def changed(inputs: Inputs) -> Inputs:
     """The same prompt about other pictures, or other sounds."""
-    return {name: 0.5 * value + value.roll(1, -1) if raw(value) else value for name, value in inputs.items()}
+    return {name: 0.5 * value + value.roll(1, 1) if raw(value) else value for name, value in inputs.items()}
 
 
 def raw(value: object) -> bool:
-    """Whether these are pixels or samples: nothing else is floating point."""
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
+    """Whether these are pixels or samples: nothing else is floating point and has more than one dimension."""
+    return isinstance(value, torch.Tensor) and value.ndim > 1 and value.is_floating_point()
 
 
 @pytest.mark.parametrize("knobs", KNOBS, ids=lambda knobs: str(knobs.width))
@@ -31,7 +31,7 @@ def test_runs_every_modality(specimen: Specimen, knobs: Knobs) -> None:
         for modality, inputs in specimen.inputs(model.config).items():
             logits = model(**inputs).logits
             assert logits.isfinite().all()
-            if any(map(raw, inputs.values())):
+            if modality != "text" and any(map(raw, inputs.values())):
                 assert (model(**changed(inputs)).logits - logits).abs().max() > 1e-3, modality
 
 
