@@ -18,7 +18,6 @@ NOT_DECODERS: dict[str, str] = {
     "git": "a BERT-like post-norm text model with an MLM-style head over picture and text",
     "pi0": "puts out robot actions, not text",
     "pix2struct": "encoder and decoder (T5)",
-    "pp_chart2table": "not a family: the GOT-OCR2 classes under another name",
     "pp_formulanet": "encoder and decoder (mBART)",
     "t5gemma2": "encoder and decoder (Gemma 3 in both)",
     "udop": "encoder and decoder (T5)",

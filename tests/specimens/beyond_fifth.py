@@ -205,8 +205,11 @@ def thinker_inputs(config: Any) -> Mapping[str, Inputs]:
     return sounds(modalities, frames, tokens)
 
 
-def qwen4_exp(knobs: Knobs) -> Qwen4ExpConfig:
-    """Linear and indexed attention, experts everywhere, two residual streams; n-grams write into the first layer."""
+def qwen4_exp(knobs: Knobs, ngrams: bool = True) -> Qwen4ExpConfig:
+    """Linear and indexed attention, experts everywhere, two residual streams.
+
+    ngrams: whether embeddings of n-grams, past a convolution, write into the first layer.
+    """
     layers = max(knobs.layers, 3)
     more = {
         "layer_types": ["indexed_attention" if layer % 2 else "linear_attention" for layer in range(layers)],
@@ -224,7 +227,7 @@ def qwen4_exp(knobs: Knobs) -> Qwen4ExpConfig:
         "num_experts": 4,
         "hc_count": 2,
         "hc_lowrank": 6,
-        "ple_layer_ids": [1],
+        "ple_layer_ids": [1] if ngrams else [],
         "ple_embed_dim": 20,
         "ple_conv_kernel_size": 2,
         "ngram_size": 3,
@@ -336,6 +339,7 @@ FIFTH = [
     Specimen("qwen2_5_omni_thinker", qwen2_5_omni_thinker, thinker_inputs),
     Specimen("qwen3_omni_moe_thinker", qwen3_omni_moe_thinker, thinker_inputs),
     Specimen("qwen4_exp", qwen4_exp, qwen4_exp_inputs),
+    Specimen("qwen4_exp+no_ngrams", partial(qwen4_exp, ngrams=False), qwen4_exp_inputs),
     Specimen("inkling2", inkling2, inkling2_inputs),
     Specimen("inkling_mm_model", inkling, inkling_inputs),
 ]

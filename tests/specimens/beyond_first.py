@@ -149,8 +149,8 @@ def kimi_k25(knobs: Knobs) -> Kimi_K25Config:
 
 
 def kimi_k25_inputs(config: Kimi_K25Config) -> Mapping[str, Inputs]:
-    """Square patches with grids."""
-    return gridded((3, PATCH, PATCH), frames=0)
+    """Square patches with grids; a video of one frame, as this release fails on any of more."""
+    return gridded((3, PATCH, PATCH), frames=1)
 
 
 def ernie4_5_vl_moe(knobs: Knobs) -> Ernie4_5_VLMoeConfig:

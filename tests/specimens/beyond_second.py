@@ -234,12 +234,13 @@ def fast_vlm_inputs(config: FastVlmConfig) -> Mapping[str, Inputs]:
     return plain(4, 16)
 
 
-def got_ocr2(knobs: Knobs) -> GotOcr2Config:
-    """Qwen 2 behind SAM's tower and two convolutions."""
+def got_ocr2(knobs: Knobs, model_type: str = "got_ocr2") -> GotOcr2Config:
+    """Qwen 2 behind SAM's tower and two convolutions; PP-Chart2Table is the same model."""
     vision = vision_settings(
         output_channels=12, image_size=32, window_size=3, global_attn_indexes=[1], mlp_dim=24, num_attention_heads=2
     )
-    return GotOcr2Config(
+    return AutoConfig.for_model(
+        model_type,
         text_config=text_settings(knobs, model_type="qwen2"),
         vision_config=vision,
         image_token_index=IMAGE,
@@ -265,4 +266,5 @@ SECOND = [
     Specimen("perception_lm", perception_lm, perception_lm_inputs),
     Specimen("fast_vlm", fast_vlm, fast_vlm_inputs),
     Specimen("got_ocr2", got_ocr2, got_ocr2_inputs),
+    Specimen("pp_chart2table", partial(got_ocr2, model_type="pp_chart2table"), got_ocr2_inputs),
 ]
