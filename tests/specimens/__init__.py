@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 Inputs = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Knobs:
-    """What varies from one tiny model of a family to the next, where the family has it."""
+    """What varies from one tiny model of a family to the next, where the family has it; two layers at least."""
 
     width: int = 32
     heads: int = 4
@@ -39,10 +39,17 @@ class Specimen:
 
 
 def build(specimen: Specimen, knobs: Knobs = Knobs(), seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
-    """The model, eager attention, every parameter drawn at random: gains about 1, biases and gates away from 0."""
+    """The model, attention and experts eager, each parameter drawn at random: gains about 1, biases and gates not 0.
+
+    By AutoModelForImageTextToText, and by AutoModelForCausalLM what it does not know: Phi-4 multimodal.
+    A float64 model is to be run in specimens.exact.exact(), else padded rows become nan.
+    """
     torch.manual_seed(seed)
     config = specimen.config(knobs)
-    model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager", experts_implementation="eager")
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    known = type(config) in AutoModelForImageTextToText._model_mapping
+    auto = AutoModelForImageTextToText if known else AutoModelForCausalLM
+    model = auto.from_config(config, **eager).eval()
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -51,4 +58,4 @@ def build(specimen: Specimen, knobs: Knobs = Knobs(), seed: int = 0, dtype: torc
                 parameter.copy_(1 + 0.3 * noise)
             else:
                 parameter.copy_(noise * (0.5 if parameter.ndim <= 1 else 1.5 / parameter.shape[-1] ** 0.5))
-    return model.eval().to(dtype)
+    return model._apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)

@@ -17,21 +17,29 @@ from specimens.parts import GRID, IMAGE, SIDE, VIDEO, language, noise, pictures,
 PINPOINTS = [[SIDE, SIDE], [SIDE, 2 * SIDE], [2 * SIDE, SIDE]]
 TALL, WIDE, SQUARE = (30, 12), (10, 31), (14, 15)
 FRAMES = 3
+CLIP, SIGLIP = "clip_vision_model", "siglip_vision_model"
 
 
 def llava(outer: str, kind: str, tower: str, more: Mapping[str, Any], knobs: Knobs) -> Any:
-    """Never tied with OPT: the outer class looks for the embedding where OPT does not keep it."""
     granite = {"embedding_multiplier": 1.5, "residual_multiplier": 0.7, "logits_scaling": 2.0}
-    knobs = replace(knobs, tied=knobs.tied and kind != "opt")
     return AutoConfig.for_model(
         outer,
         text_config=language(kind, knobs, **(granite if kind == "granite" else {})),
-        vision_config=vision(tower),
+        vision_config=vision(tower, **({"vision_use_head": False} if tower == SIGLIP else {})),
         image_token_index=IMAGE,
         multimodal_projector_bias=knobs.bias,
         tie_word_embeddings=knobs.tied,
         **more,
     )
+
+
+def untied(knobs: Knobs) -> Any:
+    """LLaVA with OPT, never tied: see UNBUILDABLE."""
+    return llava("llava", "opt", CLIP, FEATURES, replace(knobs, tied=False))
+
+
+def tied(knobs: Knobs) -> Any:
+    return llava("llava", "opt", CLIP, FEATURES, replace(knobs, tied=True))
 
 
 def square(config: Any) -> dict[str, Inputs]:
@@ -96,17 +104,18 @@ def onevision(config: Any) -> dict[str, Inputs]:
     return anyres(config) | {"sample": one_row | several, "video": video_pixels(FRAMES * (GRID // 2) ** 2 + 1)}
 
 
-CLIP, SIGLIP = "clip_vision_model", "siglip_vision_model"
 FEATURES = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
 ANYRES = {"image_grid_pinpoints": PINPOINTS}
 VIDEO_TOKEN = {"video_token_index": VIDEO}
 FULL = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
 
+TIED_OPT = Specimen("llava+opt, tied", tied, square)
 LLAVA_KIND = [
     *[
         Specimen(f"llava+{kind}", partial(llava, "llava", kind, CLIP, FEATURES), square)
-        for kind in ("llama", "mistral", "qwen2", "phi", "opt", "olmo2", "gemma")
+        for kind in ("llama", "mistral", "qwen2", "phi", "olmo2", "gemma")
     ],
+    Specimen("llava+opt", untied, square),
     Specimen("vipllava", partial(llava, "vipllava", "llama", CLIP, {"vision_feature_layer": [-1, -2]}), square),
     Specimen("video_llava", partial(llava, "video_llava", "llama", CLIP, FEATURES | VIDEO_TOKEN), square_or_video),
     *[
