@@ -18,11 +18,11 @@ from specimens import Inputs, Knobs, Specimen
 from specimens.beyond_parts import (
     AUDIO,
     IMAGE,
-    MARKS,
     PATCH,
     START,
     gridded,
     half_rope,
+    marks,
     noise,
     one,
     plain,
@@ -134,8 +134,7 @@ def omni(knobs: Knobs) -> dict[str, Any]:
         "vision_start_token_id": START,
         "vision_end_token_id": START + 1,
         "user_token_id": 3,
-        **MARKS,
-        "tie_word_embeddings": knobs.tied,
+        **marks(knobs.tied),
     }
 
 
@@ -245,7 +244,7 @@ def qwen4_exp(knobs: Knobs, ngrams: bool = True) -> Qwen4ExpConfig:
     return Qwen4ExpConfig(
         text_config=text_settings(knobs, num_hidden_layers=layers, **more),
         vision_config=vision,
-        **MARKS | {"tie_word_embeddings": knobs.tied},
+        **marks(knobs.tied),
     )
 
 

@@ -19,10 +19,10 @@ from transformers.models.kimi_k25 import Kimi_K25Config
 from specimens import Inputs, Knobs, Specimen
 from specimens.beyond_parts import (
     IMAGE,
-    MARKS,
     PATCH,
     gridded,
     latent_attention,
+    marks,
     noise,
     one,
     plain,
@@ -120,7 +120,7 @@ def lfm3_vl(knobs: Knobs, post_norms: bool = True) -> Lfm3VlConfig:
         vision_config=vision,
         projector_hidden_size=20,
         projector_bias=knobs.bias,
-        **MARKS | {"tie_word_embeddings": knobs.tied},
+        **marks(knobs.tied),
     )
 
 
@@ -144,7 +144,7 @@ def kimi_k25(knobs: Knobs) -> Kimi_K25Config:
         text_config=text_settings(knobs, **more),
         vision_config=vision_settings(pos_emb_height=4, pos_emb_width=4, pos_emb_time=4),
         projection_hidden_size=16,
-        **MARKS | {"tie_word_embeddings": knobs.tied},
+        **marks(knobs.tied),
     )
 
 
@@ -167,7 +167,7 @@ def ernie4_5_vl_moe(knobs: Knobs) -> Ernie4_5_VLMoeConfig:
     return Ernie4_5_VLMoeConfig(
         text_config=text_settings(knobs, **more),
         vision_config=vision_settings(),
-        **MARKS | {"tie_word_embeddings": knobs.tied},
+        **marks(knobs.tied),
     )
 
 
@@ -217,7 +217,7 @@ def cohere_compass(knobs: Knobs) -> CohereCompassConfig:
     return CohereCompassConfig(
         text_config=text_settings(knobs, **more),
         vision_config=vision,
-        **MARKS | {"tie_word_embeddings": knobs.tied},
+        **marks(knobs.tied),
     )
 
 

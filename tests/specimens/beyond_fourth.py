@@ -22,9 +22,9 @@ from specimens import Inputs, Knobs, Specimen
 from specimens.beyond_parts import (
     AUDIO,
     IMAGE,
-    MARKS,
     PATCH,
     gridded,
+    marks,
     noise,
     one,
     several,
@@ -33,7 +33,7 @@ from specimens.beyond_parts import (
     vision_settings,
 )
 
-SAM = {
+SAM: dict[str, Any] = {
     "hidden_size": 16,
     "output_channels": 12,
     "num_hidden_layers": 2,
@@ -77,7 +77,7 @@ def muse_glimmer(knobs: Knobs) -> MuseGlimmerConfig:
         vision_config=muse_vision(),
         out_hidden_size=64,
         projector_hidden_size=20,
-        **MARKS | {"tie_word_embeddings": knobs.tied},
+        **marks(knobs.tied),
     )
 
 
@@ -107,7 +107,7 @@ def muse_spark(knobs: Knobs) -> MuseSparkConfig:
         out_hidden_size=64,
         projector_hidden_size=20,
         audio_token_id=AUDIO,
-        **MARKS,
+        **marks(False),
     )
 
 
@@ -131,7 +131,6 @@ def nemotron_h_omni(knobs: Knobs, latent: int | None = None) -> NemotronH_Omni_R
         "mlp_bias": knobs.bias,
         "use_bias": knobs.bias,
         "mamba_proj_bias": knobs.bias,
-        "use_mamba_kernels": False,
         "ssm_state_size": 6,
         "mamba_num_heads": 4,
         "mamba_head_dim": 8,
@@ -177,7 +176,7 @@ def nemotron_h_omni(knobs: Knobs, latent: int | None = None) -> NemotronH_Omni_R
         projector_hidden_size=20,
         vision_hidden_size=16,
         audio_token_id=AUDIO,
-        **MARKS | {"tie_word_embeddings": knobs.tied},
+        **marks(knobs.tied),
     )
 
 
@@ -201,7 +200,7 @@ def video_llama_3(knobs: Knobs) -> VideoLlama3Config:
     return VideoLlama3Config(
         text_config=text_settings(knobs, model_type="qwen2"),
         vision_config=vision_settings(),
-        **MARKS | {"tie_word_embeddings": knobs.tied},
+        **marks(knobs.tied),
     )
 
 
@@ -234,15 +233,14 @@ def step3p7(knobs: Knobs) -> Step3p7Config:
         text_config=text_settings(knobs, **more),
         vision_config=vision_settings(image_size=32, mlp_ratio=1.5),
         projector_bias=knobs.bias,
-        image_token_id=IMAGE,
-        tie_word_embeddings=knobs.tied,
+        **marks(knobs.tied),
     )
 
 
 def step3p7_inputs(config: Step3p7Config) -> Mapping[str, Inputs]:
     """Four tokens for a picture, one for each smaller tile of it."""
     pixels, tiles = noise(3, 3, 32, 32), noise(3, 3, 16, 16)
-    cut = {"pixel_values_local": tiles, "num_local_patches": [2, 0, 1]}
+    cut = {"pixel_values_local": tiles, "num_local_patches": torch.tensor([2, 0, 1])}
     return {
         "text": text_only(),
         "image": one(4) | {"pixel_values": pixels[:1]},
@@ -288,7 +286,7 @@ def deepseek_ocr2_inputs(config: DeepseekOcr2Config) -> Mapping[str, Inputs]:
     """As many tokens as the tower has queries for each view, and one for the separator."""
     view = 144
     pixels, tiles = noise(2, 3, 32, 32), noise(2, 3, 32, 32, seed=8)
-    cut = {"pixel_values_local": tiles, "num_local_patches": [0, 2]}
+    cut = {"pixel_values_local": tiles, "num_local_patches": torch.tensor([0, 2])}
     return {
         "text": text_only(),
         "image": one(view + 1) | {"pixel_values": pixels[:1]},
@@ -331,7 +329,11 @@ def unlimited_ocr_inputs(config: UnlimitedOcrConfig) -> Mapping[str, Inputs]:
     """Views of 2 x 2 tokens; every row has a newline, every picture a separator."""
     whole, wide, tall = 2 * 3, 2 * 5, 4 * 3
     pixels, tiles = noise(3, 3, 32, 32), noise(4, 3, 32, 32, seed=8)
-    cut = {"pixel_values_local": tiles, "num_local_patches": [2, 0, 2], "patches_grid": [[2, 1], [1, 1], [1, 2]]}
+    cut: dict[str, Any] = {
+        "pixel_values_local": tiles,
+        "num_local_patches": [2, 0, 2],
+        "patches_grid": torch.tensor([[2, 1], [1, 1], [1, 2]]),
+    }
     return {
         "text": text_only(),
         "image": one(whole + 1) | {"pixel_values": pixels[:1]},

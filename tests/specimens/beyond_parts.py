@@ -12,8 +12,7 @@ from specimens import Inputs, Knobs
 
 VOCABULARY, WORDS = 64, 50
 START, END, IMAGE, VIDEO, AUDIO = 58, 59, 60, 61, 62
-TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-MARKS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "tie_word_embeddings": False}
+TOKENS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 PATCH = 4
 
 
@@ -31,6 +30,11 @@ def text_settings(knobs: Knobs, **more: Any) -> dict[str, Any]:
         **TOKENS,
         **more,
     }
+
+
+def marks(tied: bool) -> dict[str, Any]:
+    """Settings of an outer config: what stands for pictures and videos, and whether the head is the embedding."""
+    return {"image_token_id": IMAGE, "video_token_id": VIDEO, "tie_word_embeddings": tied}
 
 
 def vision_settings(**more: Any) -> dict[str, Any]:

@@ -23,12 +23,12 @@ from specimens import Inputs, Knobs, Specimen
 from specimens.beyond_parts import (
     END,
     IMAGE,
-    MARKS,
     PATCH,
     START,
     VIDEO,
     gridded,
     latent_attention,
+    marks,
     noise,
     one,
     plain,
@@ -49,13 +49,13 @@ def glm_vision(knobs: Knobs, **more: Any) -> dict[str, Any]:
     )
 
 
-def glm46v(knobs: Knobs, model_type: str = "glm46v") -> Glm46VConfig:
+def glm46v(knobs: Knobs, model_type: str = "glm46v") -> Any:
     """The dense GLM, with norms on the outputs of its sublayers too."""
     return AutoConfig.for_model(
         model_type,
         text_config=text_settings(knobs, model_type="glm4v_text", rope_parameters=rope(knobs)),
         vision_config=glm_vision(knobs),
-        **MARKS | {"tie_word_embeddings": knobs.tied},
+        **marks(knobs.tied),
     )
 
 
@@ -80,7 +80,7 @@ def glm46v_moe(knobs: Knobs) -> Glm46VConfig:
     return Glm46VConfig(
         text_config=text_settings(knobs, **more),
         vision_config=glm_vision(knobs, model_type="glm4v_moe_vision"),
-        **MARKS | {"tie_word_embeddings": knobs.tied},
+        **marks(knobs.tied),
     )
 
 
@@ -89,7 +89,7 @@ def glm_ocr(knobs: Knobs) -> GlmOcrConfig:
     return GlmOcrConfig(
         text_config=text_settings(knobs, rope_parameters=rope(knobs)),
         vision_config=glm_vision(knobs),
-        **MARKS | {"tie_word_embeddings": knobs.tied},
+        **marks(knobs.tied),
     )
 
 
@@ -108,7 +108,7 @@ def glm5_next(knobs: Knobs) -> Glm5NextConfig:
     more = latent_attention(knobs) | {
         "qk_rope_head_dim": 0,
         "layer_types": ["linear_attention", *["indexed_attention"] * (layers - 1)],
-        "indexer_types": ["full", "full", *["shared"] * (layers - 2)],
+        "indexer_types": ["full", *["shared" if layer % 2 else "full" for layer in range(layers - 1)]],
         "mlp_layer_types": ["dense", *["sparse"] * (layers - 1)],
         "moe_intermediate_size": 12,
         "n_routed_experts": 4,
@@ -129,7 +129,7 @@ def glm5_next(knobs: Knobs) -> Glm5NextConfig:
         vision_config=glm_vision(knobs, projection_intermediate_size=20),
         video_start_token_id=VIDEO_START,
         video_end_token_id=VIDEO_END,
-        **MARKS | {"tie_word_embeddings": knobs.tied},
+        **marks(knobs.tied),
     )
 
 
@@ -146,7 +146,7 @@ def exaone4_5(knobs: Knobs) -> Exaone4_5_Config:
     return Exaone4_5_Config(
         text_config=text_settings(knobs, model_type="exaone4", layer_types=kinds, sliding_window=5),
         vision_config=vision,
-        **MARKS | {"tie_word_embeddings": knobs.tied},
+        **marks(knobs.tied),
     )
 
 
@@ -193,7 +193,7 @@ def hyperclovax_vision_v2(knobs: Knobs, post_norms: bool = True) -> HyperCLOVAXV
     return HyperCLOVAXVisionV2Config(
         text_config=text_settings(knobs, model_type="hyperclovax", **more),
         vision_config=vision,
-        **MARKS | {"tie_word_embeddings": knobs.tied},
+        **marks(knobs.tied),
     )
 
 
@@ -203,7 +203,7 @@ def perception_lm(knobs: Knobs) -> PerceptionLMConfig:
         text_config=text_settings(knobs, model_type="llama", attention_bias=knobs.bias, mlp_bias=knobs.bias),
         vision_config=vision_settings(model_type="clip_vision_model", image_size=16, model_args={"embed_dim": 16}),
         projector_pooling_ratio=2,
-        **MARKS | {"tie_word_embeddings": knobs.tied},
+        **marks(knobs.tied),
     )
 
 
@@ -234,7 +234,7 @@ def fast_vlm_inputs(config: FastVlmConfig) -> Mapping[str, Inputs]:
     return plain(4, 16)
 
 
-def got_ocr2(knobs: Knobs, model_type: str = "got_ocr2") -> GotOcr2Config:
+def got_ocr2(knobs: Knobs, model_type: str = "got_ocr2") -> Any:
     """Qwen 2 behind SAM's tower and two convolutions; PP-Chart2Table is the same model."""
     vision = vision_settings(
         output_channels=12, image_size=32, window_size=3, global_attn_indexes=[1], mlp_dim=24, num_attention_heads=2

@@ -20,7 +20,6 @@ from specimens.beyond_parts import (
     AUDIO,
     END,
     IMAGE,
-    MARKS,
     PATCH,
     START,
     TOKENS,
@@ -29,6 +28,7 @@ from specimens.beyond_parts import (
     gridded,
     kinds,
     latent_attention,
+    marks,
     noise,
     one,
     rope,
@@ -53,7 +53,7 @@ def cosmos3_edge(knobs: Knobs) -> Cosmos3EdgeConfig:
         text_config=text_settings(knobs) | more,
         vision_config=vision_settings(num_patches=16),
         projector_hidden_size=20,
-        **MARKS,
+        **marks(False),
     )
 
 
@@ -82,7 +82,7 @@ def cosmos3_omni(knobs: Knobs) -> Cosmos3OmniConfig:
     return Cosmos3OmniConfig(
         text_config=text_settings(knobs, **more),
         vision_config=vision,
-        **MARKS | {"tie_word_embeddings": knobs.tied},
+        **marks(knobs.tied),
     )
 
 
@@ -142,7 +142,7 @@ def dots3_note(knobs: Knobs) -> Dots3NoteConfig:
         vision_config=vision,
         audio_config=audio,
         audio_token_id=AUDIO,
-        **MARKS | {"tie_word_embeddings": knobs.tied},
+        **marks(knobs.tied),
     )
 
 
@@ -198,7 +198,7 @@ def gemma4_unified(knobs: Knobs) -> Gemma4UnifiedConfig:
         boi_token_id=START,
         eoi_token_id=END,
         audio_token_id=AUDIO,
-        **MARKS | {"tie_word_embeddings": knobs.tied},
+        **marks(knobs.tied),
     )
 
 
@@ -262,7 +262,7 @@ def diffusion_gemma_inputs(config: DiffusionGemmaConfig) -> Mapping[str, Inputs]
 
 def instructblipvideo(knobs: Knobs, text: str = "opt") -> InstructBlipVideoConfig:
     """OPT, or Llama, behind a Q-Former that sees each frame."""
-    more = {
+    more: dict[str, dict[str, Any]] = {
         "opt": {"ffn_dim": 40, "enable_bias": knobs.bias, "word_embed_proj_dim": knobs.width},
         "llama": {"attention_bias": knobs.bias, "mlp_bias": knobs.bias},
     }
@@ -280,7 +280,6 @@ def instructblipvideo(knobs: Knobs, text: str = "opt") -> InstructBlipVideoConfi
         qformer_config=qformer,
         num_query_tokens=3,
         video_token_index=VIDEO,
-        tie_word_embeddings=knobs.tied,
     )
 
 

@@ -23,7 +23,6 @@ from specimens import Inputs, Knobs, Specimen
 from specimens.beyond_parts import (
     END,
     IMAGE,
-    MARKS,
     PATCH,
     START,
     VIDEO,
@@ -31,6 +30,7 @@ from specimens.beyond_parts import (
     half_rope,
     kinds,
     latent_attention,
+    marks,
     noise,
     one,
     plain,
@@ -41,7 +41,7 @@ from specimens.beyond_parts import (
     vision_settings,
 )
 
-PIXTRAL = {"model_type": "pixtral", "head_dim": 8, "image_size": 32}
+PIXTRAL: dict[str, Any] = {"model_type": "pixtral", "head_dim": 8, "image_size": 32}
 
 
 def lighton_ocr(knobs: Knobs) -> LightOnOcrConfig:
@@ -72,7 +72,7 @@ def paddleocr_vl(knobs: Knobs) -> PaddleOCRVLConfig:
     return PaddleOCRVLConfig(
         text_config=text_settings(knobs, **more),
         vision_config=vision_settings(image_size=16),
-        **MARKS | {"tie_word_embeddings": knobs.tied},
+        **marks(knobs.tied),
     )
 
 
@@ -150,14 +150,14 @@ def qwen3_5_text(knobs: Knobs) -> dict[str, Any]:
 
 def minicpm(knobs: Knobs, model_type: str) -> Any:
     """Qwen 3.5 behind a tower that merges patches once, or twice, on their way."""
-    marks = {"image_start_id": START, "image_end_id": END, "slice_start_id": 55, "slice_end_id": 56, "newline_id": 57}
+    slices = {"image_start_id": START, "image_end_id": END, "slice_start_id": 55, "slice_end_id": 56, "newline_id": 57}
     return AutoConfig.for_model(
         model_type,
         text_config=qwen3_5_text(knobs),
         vision_config=vision_settings(image_size=16),
         insert_layer_id=0,
-        **marks if model_type == "minicpmv4_7" else {},
-        **MARKS | {"tie_word_embeddings": knobs.tied},
+        **slices if model_type == "minicpmv4_7" else {},
+        **marks(knobs.tied),
     )
 
 
