@@ -9,7 +9,7 @@ from specimens.beyond import BEYOND, NOT_DECODERS, UNBUILDABLE_BEYOND
 from specimens.exact import exact
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-NEVER_TIED = {"muse_spark", "inkling2", "inkling_mm_model", "cosmos3_edge"}
+NEVER_TIED = {"muse_spark", "nemotron_h_omni", "nemotron_h_omni+latent", "inkling2", "inkling_mm_model", "cosmos3_edge"}
 KNOBS = [Knobs(), Knobs(width=48, kv_heads=4, tied=True, bias=False)]
 
 
