@@ -43,29 +43,35 @@ class Edit(Protocol):
 
 
 @dataclass
-class ProjectRows:
-    """W - strength V^T (V W) for W [d, ...], rows indexed by the residual stream: o_proj, down_proj, biases.
+class _Projection:
+    """Takes `strength` of span(basis) out of what a tensor writes: y - strength (y V^T) V for what it writes, y.
 
-    Under a post-norm, y = D x / rms(x) with x = W z, the component that reaches the stream is V D W. `gain` D, [d], makes
-    the projection oblique, W - strength D^-1 V^T (V D W): what is written has none of it, but rms(x) has changed.
+    Under a post-norm, D y / rms(y), the component that reaches the stream is (D y) V^T. `gain` D, [d], makes the
+    projection oblique, y - strength ((D y) V^T) (V D^-1): the stream gets none of it, but rms(y) has changed.
     """
 
     basis: Tensor
     strength: float
     gain: Tensor | None = None
-    two_pass = True
-    component: Tensor | None = None
-    """V D W, summed up over the blocks seen so far, [m, ...]."""
 
     @property
     def reading(self) -> Tensor:
-        """V D, [m, d]: what times W is the component."""
+        """V D, [m, d]: what times y is the component."""
         return self.basis if self.gain is None else self.basis * self.gain
 
     @property
     def writing(self) -> Tensor:
         """V D^-1, [m, d]: what the component is taken out along."""
         return self.basis if self.gain is None else self.basis / self.gain
+
+
+@dataclass
+class ProjectRows(_Projection):
+    """W - strength V^T (V W) for W [d, ...], rows indexed by the residual stream: o_proj, down_proj, biases."""
+
+    two_pass = True
+    component: Tensor | None = None
+    """V W (V D W under a post-norm), summed up over the blocks seen so far, [m, ...]."""
 
     def observe(self, block: Tensor, first: int) -> None:
         part = torch.tensordot(self.reading[:, first : first + len(block)].to(block), block, 1)
@@ -78,35 +84,31 @@ class ProjectRows:
 
 
 @dataclass
-class ProjectColumns:
-    """W - strength (W V^T) V for W [..., d], columns indexed by the residual stream: embedding tables, experts [E, n, d]."""
+class ProjectColumns(_Projection):
+    """W - strength (W V^T) V for W [..., d], columns indexed by the residual stream: embedding tables, experts [E, n,
+    d].
+    """
 
-    basis: Tensor
-    strength: float
     two_pass = False
 
     def observe(self, block: Tensor, first: int) -> None:
         """Nothing: each row is projected on its own."""
 
     def apply(self, block: Tensor, first: int) -> Tensor:
-        basis = self.basis.to(block)
-        return block - self.strength * (block @ basis.T) @ basis
+        return block - self.strength * (block @ self.reading.to(block).T) @ self.writing.to(block)
 
 
 @dataclass
-class ProjectSlices:
+class ProjectSlices(_Projection):
     """W_e - strength V^T (V W_e) for each slice of W [E, d, n] along its first axis: stacked experts."""
 
-    basis: Tensor
-    strength: float
     two_pass = False
 
     def observe(self, block: Tensor, first: int) -> None:
         """Nothing: each slice is projected on its own."""
 
     def apply(self, block: Tensor, first: int) -> Tensor:
-        basis = self.basis.to(block)
-        return block - self.strength * basis.T @ (basis @ block)
+        return block - self.strength * self.writing.to(block).T @ (self.reading.to(block) @ block)
 
 
 Projecting = ProjectRows | ProjectColumns | ProjectSlices

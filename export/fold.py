@@ -21,7 +21,8 @@ WIDEN_BY = 256
 """A widened MLP grows by this many neurons, so that what was divisible by 256 stays so; all but the gate's are zero."""
 
 SMALLEST_GAIN = 1e-3
-"""A post-norm whose gains span more than this (least to largest) is not folded: what is divided by them would explode."""
+"""A post-norm whose gains span more than this (least to largest) is not folded: what is divided by them would explode.
+"""
 
 Shape = tuple[int, ...]
 Read = Callable[[str], Tensor]
@@ -79,11 +80,7 @@ def fold(guard: Guard, family: Family, shapes: Mapping[str, Shape], read: Read |
         for name, edit in _edits(each, family, {**shapes, **widened.grown}, read):
             edits.setdefault(name, []).append(edit)
     untie = family.tied and family.embedding in edits
-    if untie and family.untied_head is None:
-        raise InputError(
-            f"{family.model_type}: {family.embedding} serves as head, and no head of its own would be loaded"
-        )
-    oblique = any(isinstance(edit, ProjectRows) and edit.gain is not None for each in edits.values() for edit in each)
+    oblique = any(isinstance(edit, Projecting) and edit.gain is not None for each in edits.values() for edit in each)
     return Fold(edits, untie, widened.grown, widened.new, widened.text_config, OBLIQUE if oblique else None)
 
 
@@ -139,17 +136,16 @@ def _edits(
 
 
 def _project(writer: Writer, shape: Shape, basis: Tensor, strength: float, gain: Tensor | None = None) -> Edit:
-    if writer.axis == 0:
-        return ProjectRows(basis, strength, gain)
-    if gain is None and writer.axis == len(shape) - 1:
-        return ProjectColumns(basis, strength)
-    if gain is None and writer.axis == 1 and len(shape) == 3:
-        return ProjectSlices(basis, strength)
-    raise InputError(f"{writer.disk}: cannot fold along axis {writer.axis} of {list(shape)}")
+    kinds = {0: ProjectRows, len(shape) - 1: ProjectColumns} | ({1: ProjectSlices} if len(shape) == 3 else {})
+    if writer.axis not in kinds:
+        raise InputError(f"{writer.disk}: cannot fold along axis {writer.axis} of {list(shape)}")
+    return (ProjectRows if writer.axis == 0 else kinds[writer.axis])(basis, strength, gain)
 
 
 def _gain(norm: PostNorm, read: Read | None) -> Tensor:
     assert read is not None, "a fold under post-norms reads their gains"
+    if norm.tensor is None:
+        return torch.ones(1, dtype=torch.float64)
     gain = read(norm.tensor).double() + norm.offset
     if not gain.abs().min() > SMALLEST_GAIN * gain.abs().max():
         raise InputError(f"{norm.tensor}: gains next to zero; what is written before it cannot be folded")
@@ -172,13 +168,13 @@ class GateNeurons:
 
     @classmethod
     def of(cls, gate: Gate, gated: bool) -> GateNeurons:
-        t = torch.tensor([gate.t0, gate.t1])
-        u = gate.detector.expand(NEURONS, -1)
+        t = torch.tensor([gate.t0, gate.t1], dtype=torch.float64)
+        u = gate.detector.double().expand(NEURONS, -1)
         zero, sign = torch.zeros_like(u), torch.tensor([[1.0], [-1.0]])
-        down = sign * gate.column / (gate.t1 - gate.t0) / (1.0 if gated else gate.beta)
+        down = sign * gate.column.double() / (gate.t1 - gate.t0) / (1.0 if gated else gate.beta)
         if gate.unit is None:
-            return cls(gate.beta * u, -gate.beta * t, zero, torch.full((NEURONS,), 1 / gate.beta), down)
-        k = gate.unit.expand(NEURONS, -1)
+            return cls(gate.beta * u, -gate.beta * t, zero, torch.full_like(t, 1 / gate.beta), down)
+        k = gate.unit.double().expand(NEURONS, -1)
         return cls(gate.beta * (u - t[:, None] * k), torch.zeros(NEURONS), k / gate.beta, torch.zeros(NEURONS), down)
 
 

@@ -66,8 +66,8 @@ class Layout:
     """Every parameter and buffer of a checkpoint by its name in memory, as transformers would load it into `model`.
 
     stored: name in memory -> how it lies on disk.  shapes: name in memory -> the shape that what is on disk gives.
-    model: may be on meta.  shapes (argument): tensor's name on disk -> shape.  Raises InputError naming the tensor if transformers
-    could not convert it.
+    model: may be on meta.  shapes (argument): tensor's name on disk -> shape.  Raises InputError naming the tensor if
+    transformers could not convert it.
     """
 
     def __init__(self, model: PreTrainedModel, shapes: Mapping[str, Shape]) -> None:
@@ -107,7 +107,7 @@ class Layout:
         template, sources = self._groups[first]
         converter = deepcopy(template)
         for disk, pattern in sources:
-            converter.add_tensor(first, disk, pattern, read(disk))
+            converter.add_tensor(first, disk, pattern, read(disk))  # type: ignore[arg-type]
         try:
             made = converter.convert(first, model=self._model, config=self._model.config)
         except Exception as error:  # foreign shapes can break a conversion in any way

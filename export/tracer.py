@@ -1,4 +1,5 @@
-"""Residual writers found by looking: walk autograd backwards from the final norm's input, to every weight that wrote it.
+"""Residual writers found by looking: walk autograd backwards from the final norm's input, to every weight that wrote
+it.
 
 The walk passes through operations that do not mix the axis of the residual stream (additions, views, indexing, scalar
 gates) and stops at what writes: a linear map, an embedding, a convolution, a parameter on its own. A norm on the way is
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +21,17 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import dot_natural_key
 
 from ..guard.errors import InputError
-from ..guard.vlm import ATTENTION_NAMES, LAYER_LISTS, decoder, decoder_layers, final_norm, mlp_parts
-from .writers import Role, module_name, pattern_of
+from ..guard.vlm import (
+    ATTENTION_NAMES,
+    LAYER_LISTS,
+    MLPParts,
+    decoder,
+    decoder_layers,
+    final_norm,
+    mlp_parts,
+    output_tensor,
+)
+from .writers import Role, matching, module_name
 
 _PARAMETER = "torch::autograd::AccumulateGrad"
 
@@ -41,8 +51,8 @@ class Gain:
 class Trace:
     """What writes to the residual stream of a model that was run.
 
-    writers: parameter's name in memory -> the axis that is the residual stream's.  normed: writer -> the gain of the norm
-    between it and the stream.  opaque: what lies between the stream and writers that no fold reaches, in words.
+    writers: parameter's name in memory -> the axis that is the residual stream's.  normed: writer -> the gain of the
+    norm between it and the stream.  opaque: what lies between the stream and writers that no fold reaches, in words.
     """
 
     writers: Mapping[str, int]
@@ -52,7 +62,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class _Place:
-    """A tensor on the way: the node that made it, which of its outputs, and its residual axis from the right, from 1."""
+    """A tensor on the way: the node that made it, which of its outputs, its residual axis from the right (1)."""
 
     node: Node
     output: int
@@ -101,7 +111,7 @@ def _norms_of_sums(normed: Mapping[str, Gain]) -> Iterator[str]:
     for name, gain in normed.items():
         behind.setdefault(gain.name, set()).add(name.rpartition(".")[0])
     for gain_name, modules in behind.items():
-        if len(modules) > 1:
+        if gain_name is not None and len(modules) > 1:
             yield f"{gain_name} norms the sum of what several modules write"
 
 
@@ -124,6 +134,8 @@ class _Found:
 
     def _behind(self, place: _Place) -> Iterator[_Place]:
         kind = place.node.name().removesuffix("0").removesuffix("1").removesuffix("Backward")
+        if kind == "Add" and any(node is None for node, _ in place.node.next_functions) and not place.weight:
+            self.opaque.add("something is added that is no parameter")
         if kind == _PARAMETER:
             self._record(place)
         elif kind == "Convolution" and place.node._saved_groups != 1:
@@ -203,7 +215,7 @@ def _from_right(dim: int, ndim: int) -> int:
 def _is_scalar(place: _Place, side: int) -> bool:
     """Whether this factor is one number for the whole residual axis."""
     shape = _shape(*place.node.next_functions[side])
-    return len(shape) < place.axis or shape[-place.axis] == 1 and place.shape[-place.axis] != 1
+    return len(shape) < place.axis or (shape[-place.axis] == 1 and place.shape[-place.axis] != 1)
 
 
 def _constant_scalar(place: _Place, side: int) -> bool:
@@ -218,8 +230,11 @@ def _is_norm(node: Node, depth: int = 4) -> bool:
     """Whether this factor is one over the size of something."""
     if node is None or depth == 0:
         return False
-    return node.name() in ("RsqrtBackward0", "ReciprocalBackward0", "LinalgVectorNormBackward0") or any(
-        _is_norm(child, depth - 1) for child, _ in node.next_functions
+    inverse = node.name() == "PowBackward0" and node._saved_exponent < 0
+    return (
+        inverse
+        or node.name() in ("RsqrtBackward0", "ReciprocalBackward0", "LinalgVectorNormBackward0")
+        or any(_is_norm(child, depth - 1) for child, _ in node.next_functions)
     )
 
 
@@ -331,11 +346,28 @@ _WRITING: dict[str, Callable[[_Place], Behind]] = {
 _GAIN_STEPS = ("AddBackward0", "ToCopyBackward0", "ViewBackward0", "UnsqueezeBackward0", "ExpandBackward0")
 
 
-def family_rows(model: PreTrainedModel, text: Trace, whole: Trace) -> dict[str, Any]:
+FILLED_WITH = 0.01
+"""What a hollow model's parameters are full of: any number that is neither 0 nor large."""
+
+
+def hollow(model: PreTrainedModel) -> PreTrainedModel:
+    """`model`, whose parameters are on meta, with one number for each parameter in their place. It runs, at any width,
+    in the memory of its states; what it computes means nothing, but it computes it in the same order.
+    """
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            filled = torch.full((), FILLED_WITH, dtype=torch.float32).expand(parameter.shape)
+            setattr(module, name, torch.nn.Parameter(filled, requires_grad=False))
+    model.tie_weights()
+    return model
+
+
+def family_rows(model: PreTrainedModel, batches: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """A family file's content: what `model`'s layers write, [text], and what everything else does, [vision].
 
-    text: the trace of batches without images.  whole: of all modalities.
+    batches: "text" for prompts without pictures, and one for each other modality; what is not run is not found.
     """
+    text, whole = trace(model, [batches["text"]] if "text" in batches else []), trace(model, batches.values())
     prefix = module_name(model, decoder(model))
     rows: dict[str, list[dict[str, Any]]] = {"text": [], "vision": []}
     for name in sorted(whole.writers, key=dot_natural_key):
@@ -346,6 +378,8 @@ def family_rows(model: PreTrainedModel, text: Trace, whole: Trace) -> dict[str, 
             rows[part].append(row)
     types = {"text": model.config.get_text_config().model_type, "vision": model.config.model_type}
     opaque = {"text": text.opaque, "vision": tuple(sorted(set(whole.opaque) - set(text.opaque)))}
+    if "image" not in batches:
+        opaque["vision"] += ("no picture was traced, so what it writes is not known",)
     refused = {part: {"refused": "; ".join(found)} if found else {} for part, found in opaque.items()}
     mlps = {"mlp": each} if (each := _mlp_rows(model, prefix)) else {}
     return {
@@ -357,33 +391,34 @@ def family_rows(model: PreTrainedModel, text: Trace, whole: Trace) -> dict[str, 
 _LAYER = re.compile(rf"({'|'.join(LAYER_LISTS)})\.\d+\.")
 
 
-def _numbered(name: str, every: Iterable[str] = (), wanted: Mapping[str, Any] | None = None) -> str:
-    """`name` with its layer's number as {layer}, and any other as {n}, or as {last} if only the last such one is wanted.
+def _numbered(name: str, every: Iterable[str], wanted: Container[str]) -> str:
+    """`name` with its layer's number as {layer} and any other as {n}; one of these as {last} if only the last of such
+    names is `wanted`, or as it is if neither is so.
 
-    every: all names there are.  wanted: those that may be meant; default, any.
+    every: all names there are.  Experts that were not run count as wanted.
     """
     text = _LAYER.sub(r"\1.{layer}.", name, count=1) if _LAYER.match(name) else name
-    text = re.sub(r"\b\d+\b", "{n}", text)
-    others = [other for other in every if pattern_of("", text).fullmatch(other)]
-    if "{n}" in text and "expert" not in text and wanted is not None and any(other not in wanted for other in others):
-        return text.replace("{n}", "{last}")
+    number = re.compile(r"\b\d+\b")
+    places = [found.span() for found in number.finditer(text)]
+    general = number.sub("{n}", text)
+    lasts = [number.sub("{n}", text[:start]) + "{last}" + number.sub("{n}", text[end:]) for start, end in places]
+    for target in (general, *lasts):
+        if "expert" in target or all(match.string in wanted for match in matching(target, every)):
+            return target
     return text
 
 
 def _row(name: str, found: Trace, prefix: str, every: Iterable[str]) -> dict[str, Any]:
     inside = {other.removeprefix(prefix) for other in found.writers if other.startswith(prefix)}
-    target = _numbered(
-        name.removeprefix(prefix),
-        [other.removeprefix(prefix) for other in every if other.startswith(prefix)],
-        dict.fromkeys(inside),
-    )
+    others = [other.removeprefix(prefix) for other in every if other.startswith(prefix)]
+    target = _numbered(name.removeprefix(prefix), others, inside)
     module = target.rpartition(".")[0] if target.endswith((".weight", ".bias")) else None
     row: dict[str, Any] = {"role": _role(target), **({"module": module} if module else {"parameter": target})}
     if found.writers[name]:
         row["axis"] = found.writers[name]
     gain = found.normed.get(name)
     if gain is not None:
-        row["post_norm"] = _numbered((gain.name or "").removeprefix(prefix)).removesuffix(".weight")
+        row["post_norm"] = _numbered((gain.name or "").removeprefix(prefix), (), ()).removesuffix(".weight")
     if gain is not None and gain.offset:
         row["gain_offset"] = gain.offset
     return row
@@ -405,15 +440,31 @@ def _mlp_rows(model: PreTrainedModel, prefix: str) -> list[dict[str, str]]:
             parts = mlp_parts(layer)
         except InputError:
             continue
+        if not _computes(parts):
+            continue
         named = {"gate": parts.gate, "up": parts.up, "down": parts.down}
         row = {
-            part: _numbered(module_name(model, linear).removeprefix(prefix).removesuffix("."))
+            part: _numbered(module_name(model, linear).removeprefix(prefix).removesuffix("."), (), ())
             for part, linear in named.items()
             if linear is not None
         }
         if row not in rows:
             rows.append(row)
     return rows
+
+
+def _computes(parts: MLPParts) -> bool:
+    """Whether the MLP is down(act(gate x) * up x) and nothing more; one that lies in the layer itself is believed."""
+    if parts.output is parts.down:
+        return True
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 2, parts.gate.in_features, generator=draw).to(parts.gate.weight)
+    with torch.no_grad():
+        neurons = parts.act(parts.gate(x)) * (1 if parts.up is None else parts.up(x))
+        try:
+            return torch.allclose(output_tensor(parts.output(x)), parts.down(neurons), rtol=1e-3, atol=1e-6)
+        except (TypeError, ValueError, RuntimeError):  # it takes more than its input
+            return False
 
 
 def as_toml(rows: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..guard.errors import InputError
 from ..guard.vlm import decoder, decoder_layers, meta_model
 from .checkpoint import EDITABLE, Checkpoint
-from .names import Layout, Shape
+from .names import Layout
 
 Role = Literal["embedding", "vision", "audio", "attention", "mlp"]
 MAX_FAMILY_BYTES = 2**20
@@ -29,9 +29,9 @@ MAX_FAMILY_BYTES = 2**20
 
 @dataclass(frozen=True)
 class PostNorm:
-    """The norm between a writer and the residual stream: y = gain x / rms(x), the gain being `tensor` + `offset`."""
+    """The norm between a writer and the residual stream: y = gain x / rms(x), gain = `tensor` + `offset`, or 1."""
 
-    tensor: str
+    tensor: str | None
     offset: float
 
 
@@ -86,8 +86,8 @@ class Family:
     embedding: str
     head: str | None
     """The head's tensor on disk; None where the checkpoint has none and the embedding serves as head (tied)."""
-    untied_head: str | None
-    """What the head's tensor is called on disk once it has one of its own; None if transformers would not load it."""
+    untied_head: str
+    """What the head's tensor is called on disk once it has one of its own."""
     obstacles: tuple[str, ...]
     """Why the residual stream as a whole cannot be projected in weights; empty where it can."""
 
@@ -130,7 +130,7 @@ class Table:
 
     def with_rows(self, rows: Row) -> Table:
         """This table and the rows of one family file, which go first."""
-        found = {
+        found: dict[str, dict[str, Row]] = {
             part: dict.fromkeys(rows[part]["model_types"], rows[part]) for part in ("text", "vision") if part in rows
         }
         return Table({**self.text, **found.get("text", {})}, {**self.vision, **found.get("vision", {})})
@@ -168,8 +168,8 @@ def _check_rows(path: Path, rows: Row) -> None:
 def family_of(checkpoint: Checkpoint, family_file: Path | None = None) -> Family:
     """The family of `checkpoint` with every writer found on disk. No weights are read.
 
-    family_file: rows that go before the built-in ones.  Raises InputError naming the model type if it has no row, or the
-    tensor if a row matches none or does not fit.
+    family_file: rows that go before the built-in ones.  Raises InputError naming the model type if it has no row, or
+    the tensor if a row matches none or does not fit.
     """
     table = Table.built_in().with_file(family_file) if family_file else Table.built_in()
     model = meta_model(checkpoint.folder)
@@ -197,7 +197,9 @@ def family_of(checkpoint: Checkpoint, family_file: Path | None = None) -> Family
     head = module_name(model, head_of(model)) + "weight"
     ties = {tied: source for tied, source in model.all_tied_weights_keys.items() if tied not in layout.stored}
     embedding = layout.plain(ties[head]) if head in ties else None
+    untied = _untied_name(model, layout, embedding or tables[0], head)
     more = ["more than the head is tied to what embeds"] if set(ties) - {head} else []
+    more += ["transformers would load no head of its own"] if ties and untied is None else []
     return Family(
         model_type=outer_type,
         text_model_type=text_type,
@@ -206,11 +208,13 @@ def family_of(checkpoint: Checkpoint, family_file: Path | None = None) -> Family
         writers=writers,
         mlps=_mlps(text.get("mlp", []), prefix, layers, layout),
         bias_flag=text.get("bias_flag", {}).get(text_type),
-        text_config_key=next((key for key in model.config.sub_configs if getattr(model.config, key) is text_config), None),
+        text_config_key=next(
+            (key for key in model.config.sub_configs if getattr(model.config, key) is text_config), None
+        ),
         neurons_key=text.get("neurons", "intermediate_size"),
         embedding=embedding or tables[0],
         head=None if head not in layout.stored else layout.stored[head].disk[0],
-        untied_head=_untied_name(model, layout, embedding or tables[0], head),
+        untied_head=untied or head,
         obstacles=(*_obstacles(vision, model.config), *_obstacles(text, text_config), *more),
     )
 
@@ -257,22 +261,16 @@ class _Search:
             targets = (
                 [f"{row['module']}.{kind}" for kind in ("weight", "bias")] if "module" in row else [row["parameter"]]
             )
-            found = [match for target in targets for match in self._matches(prefix, target)]
+            found = [match for target in targets for match in matching(prefix + target, self.state)]
             if not found and "{layer}" not in _target(row) and not row.get("optional", False):
                 name = prefix + _target(row)
                 raise InputError(f"{self.checkpoint.folder}: no tensor for {name}, which writes to the residual stream")
             for match in found:
-                rival = f"{prefix}{row.get('unless', '')}.weight".replace("{layer}", match.groupdict().get("layer") or "")
+                rival = f"{prefix}{row.get('unless', '')}.weight".replace(
+                    "{layer}", match.groupdict().get("layer") or ""
+                )
                 if "unless" not in row or rival not in self.state:
                     yield from self._writers(row, prefix, match)
-
-    def _matches(self, prefix: str, target: str) -> list[re.Match[str]]:
-        pattern = pattern_of(prefix, target)
-        found = [match for name in self.state if (match := pattern.fullmatch(name))]
-        if "{last}" not in target:
-            return found
-        last = max((int(match["last"]) for match in found), default=0)
-        return [match for match in found if int(match["last"]) == last]
 
     def _writers(self, row: Row, prefix: str, match: re.Match[str]) -> Iterator[Writer]:
         memory, layer = match.string, match.groupdict().get("layer")
@@ -299,6 +297,8 @@ class _Search:
     def _post_norm(self, row: Row, prefix: str, layer: str | None) -> PostNorm | None:
         """The norm that `row` names, unless this model has none there (some configs switch it off)."""
         memory = f"{prefix}{row.get('post_norm', '')}.weight".replace("{layer}", layer or "")
+        if row.get("post_norm") == "":
+            return PostNorm(None, 0)
         if "post_norm" not in row or memory not in self.state:
             return None
         disk = self.layout.plain(memory)
@@ -321,11 +321,17 @@ def _target(row: Row) -> str:
     return row["module"] if "module" in row else row["parameter"]
 
 
-def pattern_of(prefix: str, target: str) -> re.Pattern[str]:
-    """Names that `target` means after `prefix`: {layer}, {n} and {last} stand for numbers."""
-    text = re.escape(prefix + target)
-    text = text.replace(r"\{n\}", r"\d+")
-    return re.compile(re.sub(r"\\{(layer|last)\\}", lambda found: rf"(?P<{found[1]}>\d+)", text))
+def matching(target: str, names: Iterable[str]) -> list[re.Match[str]]:
+    """Those of `names` that `target` means: {layer} (a group of the match) and {n} stand for any number, {last} for the
+    highest that there is.
+    """
+    text = re.escape(target).replace(r"\{n\}", r"\d+")
+    pattern = re.compile(re.sub(r"\\{(layer|last)\\}", lambda found: rf"(?P<{found[1]}>\d+)", text))
+    found = [match for name in names if (match := pattern.fullmatch(name))]
+    if "{last}" not in target:
+        return found
+    last = max((int(match["last"]) for match in found), default=0)
+    return [match for match in found if int(match["last"]) == last]
 
 
 def _mlps(rows: list[Row], prefix: str, layers: int, layout: Layout) -> dict[int, MLP]:

@@ -26,8 +26,8 @@ def check_basis(basis: Tensor, where: str) -> Tensor:
     """`basis` [m, d] in float64, its rows orthonormal to the last place, after checking that they are so to
     ORTHONORMAL_TOLERANCE; InputError otherwise.
 
-    What a float32 basis lacks, the nearest orthonormal one replaces: (V V^T)^(-1/2) V. A projection that is applied where
-    many tensors write is then the same as one applied where they are read.
+    What a float32 basis lacks, the nearest orthonormal one replaces: (V V^T)^(-1/2) V. A projection that is applied
+    where many tensors write is then the same as one applied where they are read.
     """
     basis = basis.detach().to(device="cpu", dtype=torch.float64).contiguous()
     if basis.ndim != 2 or not 0 < basis.shape[0] <= basis.shape[1]:

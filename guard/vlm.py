@@ -293,8 +293,8 @@ def _child(module: nn.Module, names: tuple[str, ...]) -> nn.Module:
 
 
 def sublayers(layer: nn.Module) -> dict[str, nn.Module]:
-    """Name -> module, of a decoder layer's attention and MLP (in OPT, its second linear): what they return (first, if it
-    is a tuple) is what they write. A hybrid's convolution or state-space mixer counts as attention.
+    """Name -> module, of a decoder layer's attention and MLP (in OPT, its second linear): what they return (first, if
+    it is a tuple) is what they write. A hybrid's convolution or state-space mixer counts as attention.
     """
     named = {name: getattr(layer, name, None) for name in (*ATTENTION_NAMES, *MLP_NAMES)}
     return {name: module for name, module in named.items() if isinstance(module, nn.Module)}
@@ -322,10 +322,10 @@ class MLPParts:
 
 
 def mlp_parts(layer: nn.Module) -> MLPParts:
-    """The dense MLP of a decoder layer by role, or the shared expert among its experts. InputError if it has neither."""
+    """The dense MLP of a decoder layer by role, or the shared expert among its experts; InputError without either."""
     mlps = [module for name in MLP_NAMES if isinstance(module := getattr(layer, name, None), nn.Module)]
     shared = [getattr(module, name, None) for module in mlps for name in SHARED_EXPERT_NAMES]
-    for module in (*mlps, *shared, layer):  # OPT keeps its linears in the layer
+    for module in filter(None, (*mlps, *shared, layer)):  # OPT keeps its linears in the layer
         for gate, up, down in MLP_LINEARS:
             if all(isinstance(getattr(module, name, None), nn.Linear) for name in (gate, down)):
                 act = next((getattr(module, name) for name in ACTIVATION_NAMES if hasattr(module, name)), None)
@@ -348,8 +348,8 @@ def residual_readers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def _readers(layer: nn.Module) -> list[nn.Module]:
-    """post_attention_layernorm reads the stream for the MLP where it is the only norm between the two sublayers; beside a
-    norm called pre_..., or without any norm before the attention, it norms what the attention wrote.
+    """post_attention_layernorm reads the stream for the MLP where it is the only norm between the two sublayers; beside
+    a norm called pre_..., or without any norm before the attention, it norms what the attention wrote.
     """
     norms = {name: child for name, child in layer.named_children() if "norm" in name.lower()}
     before = [norm for name, norm in norms.items() if not name.startswith("post_")]

@@ -22,8 +22,8 @@ IMAGE_TOKENS = ("image_token_id", "image_token_index", "media_placeholder_token_
 def comparison_batches(model: PreTrainedModel, folder: Path) -> dict[str, BatchFeature]:
     """name -> inputs: a left-padded batch of two texts, and one prompt with a picture. Float inputs are float32.
 
-    Without a processor, both are drawn from the config; a class that takes its pictures in a form unknown here then gets
-    no "image".
+    Without a processor, both are drawn from the config; a class that takes its pictures in a form unknown here then
+    gets no "image".
     """
     try:
         processor = load_processor(folder)
@@ -52,11 +52,12 @@ def _drawn(model: PreTrainedModel) -> dict[str, BatchFeature]:
     picture = _picture(model, draw)
     if picture is not None:
         pixels, features = picture
-        image = torch.full((1, features), _image_token(config))
+        token = _image_token(config)
+        image = torch.full((1, features), token)
         sequence = torch.cat([tokens(4), image, tokens(8)], dim=1)
         text = {"input_ids": sequence, "attention_mask": torch.ones_like(sequence)}
         if "image_grid_thw" in pixels:
-            text["mm_token_type_ids"] = (sequence == _image_token(config)).int()
+            text["mm_token_type_ids"] = sequence.eq(token).int()
         batches["image"] = BatchFeature({**text, **pixels})
     return batches
 
@@ -70,8 +71,9 @@ def _runs(model: PreTrainedModel, batch: BatchFeature) -> bool:
     return True
 
 
-def _image_token(config: PretrainedConfig) -> int | None:
-    return next((value for name in IMAGE_TOKENS if isinstance(value := getattr(config, name, None), int)), None)
+def _image_token(config: PretrainedConfig) -> int:
+    """The word that stands for an image feature; -1 if the config names none."""
+    return next((value for name in IMAGE_TOKENS if isinstance(value := getattr(config, name, None), int)), -1)
 
 
 def _picture(model: Any, draw: torch.Generator) -> tuple[dict[str, Tensor], int] | None:
@@ -81,7 +83,7 @@ def _picture(model: Any, draw: torch.Generator) -> tuple[dict[str, Tensor], int]
     vision = getattr(model.config, "vision_config", None)
     sizes = (getattr(vision, name, None) for name in ("image_size", "patch_size"))
     side, patch = (size[0] if isinstance(size, list | tuple) else size for size in sizes)
-    if _image_token(model.config) is None or not hasattr(model, "get_image_features"):
+    if _image_token(model.config) < 0 or not hasattr(model, "get_image_features"):
         return None
     forms: list[dict[str, Tensor]] = []
     if isinstance(side, int):

@@ -58,10 +58,11 @@ every prompt position is compared instead."""
 class Equivalence:
     """Differences are max |a - b| over all positions and batches, relative to the original's largest |logit|.
 
-    compared: the kinds of prompts that were run.  approximate: why no weights equal the hooks (Fold.approximate); None where they do.  edit: hooked vs original, what
-    the guard changes.  folded: file vs hooked, or vs the fold before rounding if it is approximate.  exact: the fold
-    before rounding vs hooked (equal to `folded` for float32 files).  noise: what rounding noise does; None for float32.
-    argmax: share of positions whose most likely token agrees.  greedy: share of generated tokens that agree, if any were.
+    compared: the kinds of prompts that were run.  approximate: why no weights equal the hooks (Fold.approximate); None
+    where they do.  edit: hooked vs original, what the guard changes.  folded: file vs hooked, or vs the fold before
+    rounding if it is approximate.  exact: the fold before rounding vs hooked (equal to `folded` for float32 files).
+    noise: what rounding noise does; None for float32. argmax: share of positions whose most likely token agrees.
+    greedy: share of generated tokens that agree, if any were.
     """
 
     compared: tuple[str, ...]
@@ -222,7 +223,7 @@ def _failures(result: Equivalence) -> list[str]:
         if result.greedy is not None and result.greedy < 1 and not result.approximate:
             failures.append(f"only {result.greedy:.1%} of {result.greedy_tokens} greedy tokens equal the hooks'")
     elif not result.folded <= ROUNDING_FACTOR * result.noise + TOLERANCE:
-        failures.append(f"the file is {result.folded:.1e} from what it should be, rounding explains {result.noise:.1e}")
+        failures.append(f"the file is {result.folded:.1e} from its hooks, rounding explains {result.noise:.1e}")
     if result.activation_leak is not None and not result.activation_leak <= result.activation_tolerance:
         failures.append(
             f"{result.worst_activation} still carries {result.activation_leak:.1e} of its size along the direction "

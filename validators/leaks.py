@@ -122,10 +122,10 @@ def _size(edit: Projecting, parts: list[Tensor]) -> float:
 
 
 def _along(edit: Projecting, block: Tensor, first: int) -> Tensor:
+    reading = edit.reading.double()
     if isinstance(edit, ProjectRows):
-        return torch.tensordot(edit.reading.double()[:, first : first + len(block)], block, 1)
-    basis = edit.basis.double()
-    return block @ basis.T if isinstance(edit, ProjectColumns) else basis @ block
+        return torch.tensordot(reading[:, first : first + len(block)], block, 1)
+    return block @ reading.T if isinstance(edit, ProjectColumns) else reading @ block
 
 
 def tensor_leaks(source: Checkpoint, folded: Checkpoint, edits: Mapping[str, Sequence[Edit]]) -> dict[str, float]:

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from ..guard.images import IMAGE_KINDS
-from .measures import equality, MEASURES, QA_MEASURE
+from .measures import MEASURES, QA_MEASURE, equality
 from .plots import compliance_bars, detector_histogram, direction_strips, edits_per_layer
 
 Figures = Mapping[str, Any]

@@ -47,7 +47,8 @@ def _parts(evidence: Evidence) -> Iterator[RenderableType]:
             yield Text("equivalence  no picture was run: the folder has no processor", style="yellow")
         if equal.approximate:
             yield Text(
-                f"approximate  fold vs hooks {equal.exact:.1e} where the hooks change {equal.edit:.1e}: {equal.approximate}",
+                f"approximate  fold vs hooks {equal.exact:.1e} where the hooks change {equal.edit:.1e}: "
+                f"{equal.approximate}",
                 style="yellow",
             )
     if evidence.original and evidence.guarded:
