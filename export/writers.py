@@ -131,7 +131,9 @@ class Table:
     def with_rows(self, rows: Row) -> Table:
         """This table and the rows of one family file, which go first."""
         found: dict[str, dict[str, Row]] = {
-            part: dict.fromkeys(rows[part]["model_types"], rows[part]) for part in ("text", "vision") if part in rows
+            part: {str(name): rows[part] for name in rows[part]["model_types"]}
+            for part in ("text", "vision")
+            if part in rows
         }
         return Table({**self.text, **found.get("text", {})}, {**self.vision, **found.get("vision", {})})
 
@@ -177,10 +179,7 @@ def family_of(checkpoint: Checkpoint, family_file: Path | None = None) -> Family
     outer_type, text_type = model.config.model_type, text_config.model_type
     for kind, model_type, known in (("family", outer_type, table.vision), ("text model", text_type, table.text)):
         if model_type not in known:
-            raise InputError(
-                f"{checkpoint.folder}: {kind} {model_type!r} has no row (guardfold inspect --trace makes one for "
-                f"--family); known: {', '.join(sorted(known))}"
-            )
+            raise InputError(f"{checkpoint.folder}: {kind} {model_type!r} has no row; make one with inspect --trace")
     vision, text = table.vision[outer_type], table.text[text_type]
     layout = Layout(model, checkpoint.shapes)
     prefix = module_name(model, decoder(model))

@@ -246,7 +246,7 @@ def load_processor(folder: Path) -> ProcessorMixin:
     return processor
 
 
-def meta_model(folder: Path) -> PreTrainedModel:
+def meta_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model of `folder` without its weights: parameters on the meta device, buffers real. No weights are read."""
     from accelerate import init_empty_weights
 
@@ -254,7 +254,7 @@ def meta_model(folder: Path) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with init_empty_weights(include_buffers=False):
-            model = auto.from_config(config, dtype=torch.float32, experts_implementation="eager")
+            model = auto.from_config(config, dtype=dtype, experts_implementation="eager")
     except Exception as error:  # foreign numbers can break a constructor in any way
         reason = _first_line(error)
         raise InputError(f"{folder}: config.json describes no model that transformers can build ({reason})") from error

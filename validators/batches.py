@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def _drawn(model: PreTrainedModel) -> dict[str, BatchFeature]:
         image = torch.full((1, features), token)
         sequence = torch.cat([tokens(4), image, tokens(8)], dim=1)
         text = {"input_ids": sequence, "attention_mask": torch.ones_like(sequence)}
-        if "image_grid_thw" in pixels:
+        if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
             text["mm_token_type_ids"] = sequence.eq(token).int()
         batches["image"] = BatchFeature({**text, **pixels})
     return batches
@@ -99,7 +100,10 @@ def _picture(model: Any, draw: torch.Generator) -> tuple[dict[str, Tensor], int]
         values = getattr(vision, "in_channels", 3) * getattr(vision, "temporal_patch_size", 1) * patch**2
         patches = torch.randn(merge**2, values, generator=draw)
         forms.append({"pixel_values": patches, "image_grid_thw": torch.tensor([[1, merge, merge]])})
+    taken = inspect.signature(model.forward).parameters
     for form in forms:
+        if not set(form) <= set(taken):
+            continue
         try:
             with torch.no_grad():
                 features = _count(model.get_image_features(**form), model.config.get_text_config().hidden_size)

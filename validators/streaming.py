@@ -38,10 +38,10 @@ which some classes use outside the module's forward."""
 
 
 class _Weights:
-    """The tensors of a checkpoint by their names in memory, float32 or better, read by rows, edited on the way."""
+    """The tensors of a checkpoint by their names in memory, in `dtype` or better, read by rows, edited on the way."""
 
-    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, fold: Fold) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, fold: Fold, dtype: torch.dtype) -> None:
+        self.checkpoint, self.dtype = checkpoint, dtype
         self.layout = Layout(model, {**checkpoint.shapes, **fold.grown})
         tied = dict(model.all_tied_weights_keys)
         if fold.untie:  # the config says untied already, the file does not yet
@@ -51,7 +51,7 @@ class _Weights:
         self.files = {shard.path: open_regular(checkpoint.folder, shard.path.name) for shard in checkpoint.shards}
         self.folded = {
             name: Folded(
-                partial(self._raw, name),
+                partial(self._wide_rows, name),
                 (0, *fold.grown[name][1:]) if name in fold.new else checkpoint.info(name).shape,
                 fold.edits.get(name, ()),
                 fold.grown.get(name),
@@ -66,6 +66,9 @@ class _Weights:
     def _raw(self, disk: str, first: int, last: int) -> Tensor:
         shard, info = self.checkpoint.tensors[disk]
         return read_rows(self.files[shard.path], shard, info, first, last)
+
+    def _wide_rows(self, disk: str, first: int, last: int) -> Tensor:
+        return self._wide(self._raw(disk, first, last))
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """The parameter's shape as what is on disk gives it; None if there is nothing."""
@@ -100,9 +103,11 @@ class _Weights:
 
     def _block(self, disk: str, first: int, last: int, raw: bool = False) -> Tensor:
         if disk in self.folded and not raw:
-            return self.folded[disk].rows(first, last)
-        block = self._raw(disk, first, last)
-        return block.to(torch.promote_types(block.dtype, torch.float32)) if block.is_floating_point() else block
+            return self._wide(self.folded[disk].rows(first, last))
+        return self._wide_rows(disk, first, last)
+
+    def _wide(self, block: Tensor) -> Tensor:
+        return block.to(torch.promote_types(block.dtype, self.dtype)) if block.is_floating_point() else block
 
 
 def _linear(weights: _Weights, name: str, module: nn.Linear, states: Tensor) -> Tensor:
@@ -128,15 +133,17 @@ def _take_back(own: Mapping[str, nn.Parameter], module: nn.Module, _args: object
 
 
 @contextmanager
-def streamed(checkpoint: Checkpoint, fold: Fold | None = None, config: Path | None = None) -> Iterator[PreTrainedModel]:
-    """The model of `checkpoint`, computing in float32 from its files, with `fold` applied and not rounded.
+def streamed(
+    checkpoint: Checkpoint, fold: Fold | None = None, config: Path | None = None, dtype: torch.dtype = torch.float32
+) -> Iterator[PreTrainedModel]:
+    """The model of `checkpoint`, computing in `dtype` from its files, with `fold` applied and not rounded.
 
     config: the folder whose config.json says what the folded model looks like, if not the checkpoint's own.
     Raises InputError if the checkpoint lacks a tensor or one has another shape than config.json says.
     """
     _map_large_blocks()
-    model = meta_model(config or checkpoint.folder)
-    weights = _Weights(checkpoint, model, fold or Fold({}))
+    model = meta_model(config or checkpoint.folder, dtype)
+    weights = _Weights(checkpoint, model, fold or Fold({}), dtype)
     try:
         for name, tensor in model.state_dict(keep_vars=True).items():
             shape = weights.shape(name)
