@@ -113,6 +113,13 @@ class SetColumns:
         return block
 
 
+def written_along(edits: Sequence[Edit]) -> tuple[Tensor, int] | None:
+    """(V, axis) of the projections among `edits`, their bases one below the other; None if there are none."""
+    axes = {ProjectRows: 0, ProjectColumns: -1}
+    found = [(edit.basis, axes[type(edit)]) for edit in edits if isinstance(edit, ProjectRows | ProjectColumns)]
+    return (torch.cat([basis for basis, _ in found]), found[0][1]) if found else None
+
+
 def row_blocks(shape: Sequence[int], size: int = BLOCK_BYTES) -> list[tuple[int, int]]:
     """(first, last) of blocks of rows that take about `size` bytes each in float32."""
     row_bytes = 4 * max(1, torch.Size(shape[1:]).numel())

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..guard.errors import InputError
 from ..guard.vlm import meta_model
-from .checkpoint import EDITABLE, Checkpoint
+from .checkpoint import EDITABLE, QUANTISED, Checkpoint
 from .names import disk_name, memory_to_disk
 
 Role = Literal["embedding", "vision", "attention", "mlp"]
@@ -167,9 +167,7 @@ def _check(checkpoint: Checkpoint, writer: Writer, shapes: Mapping[str, tuple[in
     info = checkpoint.info(writer.disk)
     where = f"{checkpoint.folder}: tensor {writer.disk!r}"
     if info.dtype not in EDITABLE:
-        raise InputError(
-            f"{where} is {info.dtype}; quantised checkpoints are not folded: guard the base model and requantise"
-        )
+        raise InputError(f"{where} is {info.dtype}; {QUANTISED}")
     if info.shape != shapes[writer.memory]:
         raise InputError(f"{where} has shape {list(info.shape)}, config.json says {list(shapes[writer.memory])}")
     if info.shape[writer.axis] != width:

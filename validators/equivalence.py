@@ -17,6 +17,7 @@ from transformers import BatchFeature, PreTrainedModel
 
 from ..export.checkpoint import DTYPES, Checkpoint
 from ..export.fold import Fold
+from ..export.rounding import Rounding
 from ..guard.guard import Guard
 from ..guard.hooks import attached
 from ..guard.progress import bar
@@ -54,6 +55,7 @@ class Equivalence:
     edit: hooked vs original, what the guard changes.  folded: file vs hooked.  exact: the fold before rounding vs
     hooked (equal to `folded` for float32 files).  noise: what rounding noise does; None for float32.  argmax: share
     of positions whose most likely token agrees.  greedy: share of generated tokens that agree, if any were.
+    rounding: as it was asked for.
     """
 
     scale: float
@@ -70,6 +72,7 @@ class Equivalence:
     tensor_leak: float | None
     tensor_tolerance: float | None
     worst_tensor: str | None
+    rounding: Rounding
     failures: tuple[str, ...]
 
     @property
@@ -124,8 +127,12 @@ def _agreement(a: Sequence[Any], b: Sequence[Any]) -> float | None:
 
 
 @torch.inference_mode()
-def compare(source: Checkpoint, folded: Checkpoint, guard: Guard, fold: Fold) -> Equivalence:
+def compare(
+    source: Checkpoint, folded: Checkpoint, guard: Guard, fold: Fold, rounding: Rounding = "repair"
+) -> Equivalence:
     """`folded` against `source` with `guard` attached. `fold` says which tensors were edited and how.
+
+    rounding: how they were rounded, which decides how much of a direction may be left in them.
 
     Raises InputError if either checkpoint does not load.
     """
@@ -156,7 +163,8 @@ def compare(source: Checkpoint, folded: Checkpoint, guard: Guard, fold: Fold) ->
             )
             progress.advance(task)
     per_tensor = tensor_leaks(source, folded, fold.edits)
-    worst_tensor = max(per_tensor, key=lambda name: per_tensor[name] / tensor_tolerance(dtypes[name]), default=None)
+    limits = {name: tensor_tolerance(dtypes[name], fold.edits[name], rounding) for name in per_tensor}
+    worst_tensor = max(per_tensor, key=lambda name: per_tensor[name] / limits[name], default=None)
     choices = [torch.cat([each.argmax(-1) for each in logits.values()]).tolist() for logits in (got, hooked)]
     result = Equivalence(
         scale=scale,
@@ -171,8 +179,9 @@ def compare(source: Checkpoint, folded: Checkpoint, guard: Guard, fold: Fold) ->
         activation_tolerance=activation_tolerance(list(dtypes.values())),
         worst_activation=max(leaks.at, key=lambda place: leaks.at[place]) if leaks.at else None,
         tensor_leak=per_tensor[worst_tensor] if worst_tensor else None,
-        tensor_tolerance=tensor_tolerance(dtypes[worst_tensor]) if worst_tensor else None,
+        tensor_tolerance=limits[worst_tensor] if worst_tensor else None,
         worst_tensor=worst_tensor,
+        rounding=rounding,
         failures=(),
     )
     return replace(result, failures=tuple(_failures(result)))
