@@ -25,6 +25,7 @@ from ..guard.untrusted import open_regular
 from .checkpoint import DTYPES, EDITABLE, INDEX_FILE, QUANTISED, Checkpoint, Shard, TensorInfo, read_rows
 from .edits import Edit, Folded, written_along
 from .fold import Fold
+from .memory import map_blocks_from
 from .rounding import REPAIRED, Rounding, nearest, repaired
 from .staging import check_room
 from .transfer import copy_range, in_threads, one_torch_thread, reflink, write_exactly
@@ -32,6 +33,9 @@ from .writers import Family
 
 RUN_BYTES = 64 * 2**20
 """A run of unedited tensors is cut when it grows beyond this, so that threads share the work."""
+
+LARGE_BYTES = 6 * 2**20
+"""Buffers from here on are given back when freed; blocks of rows are smaller, and are used again."""
 
 Link = Literal["auto", "reflink", "hard", "none"]
 LINKS: tuple[Link, ...] = get_args(Link)
@@ -74,6 +78,7 @@ def rewrite(
     for plan in copied:
         plan.begin()
         tasks += [partial(plan.transfer, run, how.rounding, report) for run in plan.runs()]
+    map_blocks_from(LARGE_BYTES)
     with one_torch_thread():
         in_threads(tasks, how.jobs)
     for shard in checkpoint.shards:
@@ -250,7 +255,7 @@ def _write_edited(source: int, target: int, shard: Shard, output: _Output, to: i
     folded = Folded(partial(read_rows, source, shard, output.source or info), had, edits, info.shape)
     along = written_along(edits) if rounding == "repair" and info.dtype in REPAIRED else None
     for first, rows in repaired(folded, dtype, *along) if along else nearest(folded, dtype):
-        if not torch.isfinite(rows).all():
+        if rows.numel() and not all(map(torch.isfinite, torch.aminmax(rows))):
             raise InputError(
                 f"{shard.path}: tensor {info.name!r} has NaN or Inf (or overflows {info.dtype} when folded)"
             )

@@ -43,6 +43,9 @@ PRICED = 0.3
 COLUMNS = 4096
 """Columns repaired together: enough to amortise the calls for each candidate, few enough to stay in the cache."""
 
+SLICE_COLUMNS = 2048
+"""The same where whole slices are held until they are repaired, as in an embedding: [2048, 4096] are 16 MB."""
+
 ERRORS = torch.bfloat16
 """Rounding errors are kept in this dtype: three digits are enough to tell cheap moves from dear ones."""
 
@@ -111,7 +114,7 @@ def _by_slices(folded: Folded, dtype: torch.dtype, basis: Tensor, axis: int) -> 
     count, width = folded.shape[0], basis.shape[1]
     per_slice = torch.Size(folded.shape[1:]).numel() // width
     chosen = candidates(basis)
-    together = min(count, max(1, COLUMNS // max(1, per_slice)))
+    together = min(count, max(1, SLICE_COLUMNS // max(1, per_slice)))
     buffer = torch.empty(together, *folded.shape[1:], dtype=dtype)
     candidate_errors = torch.empty(together, len(chosen), per_slice, dtype=ERRORS)
     for start in range(0, count, together):

@@ -26,7 +26,7 @@ from guardfold.guard.interventions import SharedProjection, SublayerProjection
 SHARD_BYTES = 1.6e9
 
 
-def make(folder: Path, layers: int) -> int:
+def make(folder: Path, layers: int, vision_layers: int = 24) -> int:
     """Writes the checkpoint, shard by shard, in the hub's key style; returns its size in bytes."""
     folder.mkdir()
     text = {
@@ -41,7 +41,7 @@ def make(folder: Path, layers: int) -> int:
     vision = CLIPVisionConfig(
         hidden_size=1024,
         intermediate_size=4096,
-        num_hidden_layers=24,
+        num_hidden_layers=vision_layers,
         num_attention_heads=16,
         image_size=336,
         patch_size=14,
