@@ -43,6 +43,9 @@ PRICED = 0.3
 COLUMNS = 4096
 """Columns repaired together: enough to amortise the calls for each candidate, few enough to stay in the cache."""
 
+TOGETHER = 32
+"""Candidates whose steps are computed together."""
+
 SLICE_COLUMNS = 2048
 """The same where whole slices are held until they are repaired, as in an embedding: [2048, 4096] are 16 MB."""
 
@@ -145,35 +148,39 @@ def repair(held: Tensor, errors: Tensor, basis: Tensor, residual: Tensor) -> Non
     held: [K, n], the candidates rounded to their dtype.  errors: [K, n], W' - W of the same.  basis: V, [m, K].
     residual: R = V (W' - W) over all rows, [m, n], float32.
     """
-    limits = torch.finfo(held.dtype)
     squares = basis.square().sum(0)
-    order = [row for row in squares.argsort(descending=True).tolist() if squares[row] > NO_DIRECTION]
+    order = squares.argsort(descending=True)
+    order = order[squares[order] > NO_DIRECTION]
     dear = PRICE * (len(order) / CANDIDATES) ** 0.5
-    vectors, squared = basis.T.contiguous().unbind(), squares.tolist()
+    prices = dear * (1 - torch.arange(len(order)) / (PRICED * len(order))).clamp(min=0)
     for first in range(0, held.shape[1], COLUMNS):
         part = slice(first, first + COLUMNS)
         rest = residual[:, part].contiguous()
-        values, error, power, inverse, move = torch.empty(5, rest.shape[1])
-        bits = [each.view(torch.int32) for each in (values, power, inverse)]
-        above = torch.full_like(bits[0], EXPONENT_OF_INVERSE)
-        lowest, highest = torch.aminmax(held[:, part])
-        crowded = limits.max / 2 < max(-lowest, highest) <= limits.max
-        rows, row_errors = held[:, part].unbind(), errors[:, part].unbind()
-        for turn, number in enumerate(order):
-            price = dear * max(0.0, 1 - turn / (PRICED * len(order)))
-            values.copy_(rows[number])
-            torch.bitwise_and(bits[0], EXPONENT, out=bits[1])  # power = step / eps
-            if held.dtype == torch.float16:
-                power.clamp_(min=limits.tiny)
-            torch.sub(above, bits[1], out=bits[2])
-            torch.mv(rest.T, vectors[number], out=move)
-            move.mul_(1 / (squared[number] * (1 + price) * limits.eps))
-            if price:
-                move.add_(error.copy_(row_errors[number]), alpha=price / (1 + price) / limits.eps)
-            move.mul_(inverse).round_().clamp_(-1, 1).mul_(power).mul_(limits.eps)
-            rest.addr_(vectors[number], move, alpha=-1)
-            values.sub_(move)
-            if crowded:
-                values.clamp_(limits.min, limits.max)
-            rows[number].copy_(values)
+        for chosen, price in zip(order.split(TOGETHER), prices.split(TOGETHER), strict=True):
+            values, error = held[chosen, part], errors[chosen, part]
+            held[chosen, part] = _moved(values, error.float(), basis[:, chosen], squares[chosen], price, rest)
         residual[:, part] = rest
+
+
+def _moved(values: Tensor, errors: Tensor, basis: Tensor, squares: Tensor, prices: Tensor, residual: Tensor) -> Tensor:
+    """`values` [k, n] after each row in turn moved to make up for `residual` [m, n], which is brought up to date."""
+    limits = torch.finfo(values.dtype)
+    exact = values.float()
+    power = (exact.view(torch.int32) & EXPONENT).view(torch.float32)
+    if values.dtype == torch.float16:
+        power.clamp_(min=limits.tiny)
+    inverse = (EXPONENT_OF_INVERSE - power.view(torch.int32)).view(torch.float32).unbind()
+    steps = power.mul_(limits.eps).unbind()
+    shares = 1 / (1 + prices) / limits.eps
+    wanting = (basis * shares / squares).T.contiguous().unbind()
+    pulls = errors.mul_((prices * shares)[:, None]).unbind()
+    moves = torch.empty_like(exact)
+    for number, (move, v) in enumerate(zip(moves.unbind(), basis.T.contiguous().unbind(), strict=True)):
+        torch.addmv(pulls[number], residual.T, wanting[number], out=move)
+        move.mul_(inverse[number]).round_().clamp_(-1, 1).mul_(steps[number])
+        residual.addr_(v, move, alpha=-1)
+    lowest, highest = torch.aminmax(exact)
+    exact.sub_(moves)
+    if limits.min <= lowest and highest <= limits.max:  # else it is not finite, and stays so for the writer to see
+        exact.clamp_(limits.min, limits.max)
+    return exact.to(values.dtype)
