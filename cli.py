@@ -1,4 +1,4 @@
-"""The command line: one thin function per verb. Exit status 0 done, 1 unexpected, 2 bad input, 3 refused."""
+"""The command line: one thin function per verb. Exit status 0 done, 1 unexpected, 2 bad input, 3 refused, 130 ^C."""
 
 from __future__ import annotations
 
@@ -29,6 +29,9 @@ app = typer.Typer(
     epilog="Exit status: 0 done, 1 unexpected error, 2 bad input, 3 refused because not safer or not equal, "
     "130 interrupted. --debug, anywhere, shows tracebacks.",
 )
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C."""
 
 MODEL_HELP = "The demo, a model folder, a hub id (owner/name), or an alias such as llava."
 Model = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
@@ -348,10 +351,16 @@ def main() -> None:
     """The `guardfold` command: runs it, turns errors into one line and an exit status, and ends the process."""
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    cause: BaseException
     try:
-        sys.exit(app(arguments or ["--help"], standalone_mode=False) or 0)
+        status = app(arguments or ["--help"], standalone_mode=False) or 0
+        if status != INTERRUPTED:
+            sys.exit(status)
+        raise KeyboardInterrupt  # which the parser has turned into a status
     except InputError as error:
-        status, message, cause = 2, f"error: {_one_line(error)}", cast(Exception, error)
+        status, message, cause = 2, f"error: {_one_line(error)}", error
+    except (KeyboardInterrupt, typer.Abort) as error:
+        status, message, cause = INTERRUPTED, "interrupted; nothing was written", error
     except Refused as error:
         status, message, cause = 3, f"refused: {_one_line(error)}", error
     except Exception as error:
