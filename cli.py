@@ -1,4 +1,4 @@
-"""The command line: one thin function per verb. Exit status 0 done, 1 unexpected, 2 bad input, 3 refused."""
+"""The command line: one thin function per verb. Exit status 0 done, 1 unexpected, 2 bad input, 3 refused, 130 ^C."""
 
 from __future__ import annotations
 
@@ -26,9 +26,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Fold a safety guard into the weights of a vision-language model, and prove what it does.\n\n"
     "Start with:  guardfold export --model demo",
-    epilog="Exit status: 0 done, 1 unexpected error, 2 bad input, 3 refused because not safer or not equal. "
-    "--debug, anywhere, shows tracebacks.",
+    epilog="Exit status: 0 done, 1 unexpected error, 2 bad input, 3 refused because not safer or not equal, "
+    "130 interrupted. --debug, anywhere, shows tracebacks.",
 )
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C."""
 
 MODEL_HELP = "The demo, a model folder, a hub id (owner/name), or an alias such as llava."
 Model = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
@@ -128,6 +131,26 @@ SkipBehaviour = Annotated[
 ]
 
 
+Jobs = Annotated[int, typer.Option("--jobs", min=1, help="Threads that write the checkpoint.")]
+RoundingOption = Annotated[
+    str,
+    typer.Option(
+        "--rounding",
+        help="Of projected float16 and bfloat16 weights. repair: moves a few entries by one step, so that the "
+        "projection survives rounding. nearest: leaves up to 1 % of the direction behind.",
+    ),
+]
+LinkOption = Annotated[
+    str,
+    typer.Option(
+        "--link",
+        help="Of weight files in which nothing changes. auto: share their blocks where the filesystem can (reflink), "
+        "else copy. reflink: share or stop. hard: the same file in both folders, so that a change of one changes the "
+        "other. none: copy.",
+    ),
+]
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"guardfold {__version__}")
@@ -170,16 +193,24 @@ def export(
         bool,
         typer.Option("--strict", help="Refuse a fold that is approximate by nature (a shared one under post-norms)."),
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing output folder, if guardfold wrote it.")
+    ] = False,
+    jobs: Jobs = 2,
+    rounding: RoundingOption = "repair",
+    link: LinkOption = "auto",
 ) -> None:
     """Write a guarded copy of a model, and publish it only if it is measurably safer.
 
     Extracts the safety steering directions, folds the guard into the weights, proves the result equal to the hooks,
     measures refusals and answers with and without images, and prints original against guarded.
     """
+    from .export.rewrite import LINKS, Writing
+    from .export.rounding import ROUNDINGS
     from .pipeline import export_guarded
 
     _begin(model)
+    _check_choices(("rounding", rounding, ROUNDINGS), ("link", link, LINKS))
     options = _options(
         guard=guard,
         scope=scope,
@@ -203,6 +234,7 @@ def export(
         allow_weaker=allow_weaker,
         strict=strict,
         overwrite=overwrite,
+        writing=Writing(jobs, cast(Any, rounding), cast(Any, link)),
     )
     _show(result.evidence)
     typer.echo(f"written to {result.folder}" + ("" if result.verified else " (NOT VERIFIED)"))
@@ -307,10 +339,15 @@ def _options(**given: Any) -> GuardOptions:
     from .guard.presets import SCOPES
     from .pipeline import GuardOptions
 
-    for name, known in (("scope", SCOPES), ("placement", PLACEMENTS)):
-        if given[name] not in known:
-            raise InputError(f"--{name} {given[name]}: one of {', '.join(known)}")
+    _check_choices(("scope", given["scope"], SCOPES), ("placement", given["placement"], PLACEMENTS))
     return GuardOptions(**given)
+
+
+def _check_choices(*choices: tuple[str, str, tuple[str, ...]]) -> None:
+    """InputError for the first (option, value, known values) whose value is not known."""
+    for name, value, known in choices:
+        if value not in known:
+            raise InputError(f"--{name} {value}: one of {', '.join(known)}")
 
 
 def _show(evidence: Evidence) -> None:
@@ -348,10 +385,16 @@ def main() -> None:
     """The `guardfold` command: runs it, turns errors into one line and an exit status, and ends the process."""
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    cause: BaseException
     try:
-        sys.exit(app(arguments or ["--help"], standalone_mode=False) or 0)
+        status = app(arguments or ["--help"], standalone_mode=False) or 0
+        if status != INTERRUPTED:
+            sys.exit(status)
+        raise KeyboardInterrupt  # which the parser has turned into a status
     except InputError as error:
-        status, message, cause = 2, f"error: {_one_line(error)}", cast(Exception, error)
+        status, message, cause = 2, f"error: {_one_line(error)}", error
+    except (KeyboardInterrupt, typer.Abort) as error:
+        status, message, cause = INTERRUPTED, "interrupted; nothing was written", error
     except Refused as error:
         status, message, cause = 3, f"refused: {_one_line(error)}", error
     except Exception as error:

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .export.card import GUARD_FILE, Source, write_card, write_manifest
+from .export.card import GUARD_FILE, Source, write_card, write_manifest, written_rounding
 from .export.checkpoint import Checkpoint
+from .export.companions import copy_companions
 from .export.fold import Placement, fold
-from .export.rewrite import copy_companions, rewrite, staging
+from .export.rewrite import Writing, rewrite
+from .export.staging import check_room, staging
 from .export.tracer import as_toml, family_rows, hollow
 from .export.writers import Family, family_of
 from .guard.calibration import BUILT_IN_BENIGN, Part, Role, deal, examples, load_benign
@@ -233,14 +235,16 @@ def export_guarded(
     allow_weaker: bool = False,
     strict: bool = False,
     overwrite: bool = False,
+    writing: Writing | None = None,
 ) -> Export:
     """Writes `model` with a guard folded into its weights to `output` (default ./<name>-guarded), if it is safer.
 
     probes, qa: files that replace the model's own or the built-in ones.  skip_behaviour: measure nothing but soundness
-    and equality; the manifest says NOT VERIFIED. allow_weaker: publish whatever the verdict; the manifest and the card
-    say NOT VERIFIED.  strict: refuse a fold that is approximate by nature (under post-norms). Raises InputError for
-    what cannot be used, and NotSafer, leaving nothing behind, if the result is not safer or not equal to its hooks (the
-    latter is never published).
+    and equality; the manifest says NOT VERIFIED.  allow_weaker: publish whatever the verdict; the manifest and the card
+    say NOT VERIFIED.  strict: refuse a fold that is approximate by nature (under post-norms).  overwrite: replace
+    `output`, if guardfold wrote it.  writing: threads, rounding, links.  Raises InputError for what cannot be used, and
+    NotSafer, leaving nothing behind, if the result is not safer or not equal to its hooks (the latter is never
+    published).
     """
     options = options or GuardOptions()
     folder, name = resolve(model)
@@ -251,17 +255,20 @@ def export_guarded(
     target = Path(output) if output else Path(f"{name.rpartition('/')[2]}-guarded")
     if folder.resolve().is_relative_to(target.resolve()):
         raise InputError(f"{target}: holds the model itself; choose another --output")
+    writing = writing or Writing()
     with staging(target, overwrite) as stage, threads_for(folder):
+        if writing.link != "hard":
+            check_room(target.parent, checkpoint.data_bytes)
         guard = extract_guard(model, options)
         edits = fold(guard, family, checkpoint.shapes, checkpoint.read)
         if strict and edits.approximate:
             raise Refused(f"--strict: {family.model_type}: {edits.approximate}; use --scope sublayers")
         with _writing(checkpoint) as advance:
-            rewrite(checkpoint, family, edits, stage, advance)
+            rewrite(checkpoint, family, edits, stage, advance, writing)
         copy_companions(folder, stage)
         (stage / GUARD_FILE).parent.mkdir()
         guard.save(stage / GUARD_FILE)
-        evidence = examine(checkpoint, Checkpoint.open(stage), family, guard, edits, asked, decides)
+        evidence = examine(checkpoint, Checkpoint.open(stage), family, guard, edits, writing.rounding, asked, decides)
         verified = evidence.sound and evidence.ruling == "safer"
         if not evidence.sound or not (verified or allow_weaker or skip_behaviour):
             raise NotSafer(evidence)
@@ -272,7 +279,7 @@ def export_guarded(
         page = render_page(name, figures, described, edits.per_layer(family))
         (stage / "report.html").write_text(page, encoding="utf-8")
         write_card(stage, source, guard, evidence.ruling, verified, markdown(figures))
-        write_manifest(stage, source, guard, evidence.ruling, verified, figures)
+        write_manifest(stage, source, guard, writing.rounding, evidence.ruling, verified, figures)
     return Export(target, guard, evidence)
 
 
@@ -295,10 +302,11 @@ def check_guarded(
     family = family_of(checkpoint, family_file)
     guard = Guard.load(folder / GUARD_FILE)
     edits = fold(guard, family, checkpoint.shapes, checkpoint.read)
+    rounding = written_rounding(folder)
     asked = None if skip_behaviour else load_probes(origin, probes, qa)
     decides = ModelJudge(judge) if judge else None
     with threads_for(origin):
-        return examine(checkpoint, Checkpoint.open(folder), family, guard, edits, asked, decides)
+        return examine(checkpoint, Checkpoint.open(folder), family, guard, edits, rounding, asked, decides)
 
 
 def inspect_model(model: str, family_file: Path | None = None) -> tuple[Checkpoint, Family]:

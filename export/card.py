@@ -12,8 +12,12 @@ from huggingface_hub import ModelCardData, metadata_load
 
 from .. import __version__
 from ..guard.guard import Guard
+from ..guard.untrusted import parse_object, read_bytes
+from .rounding import Rounding
+from .staging import MANIFEST
 
-MANIFEST = "guardfold.json"
+MAX_MANIFEST_BYTES = 64 * 2**20
+
 GUARD_FILE = Path("guardfold") / "guard.safetensors"
 """In a folder of its own: some runtimes load every safetensors file that lies beside the weights."""
 
@@ -41,7 +45,20 @@ def file_hashes(folder: Path) -> dict[str, str]:
     return hashes
 
 
-def write_manifest(folder: Path, source: Source, guard: Guard, ruling: str, verified: bool, evidence: Any) -> None:
+def written_rounding(folder: Path) -> Rounding:
+    """How the weights in `folder` were rounded, as its manifest says; to nearest where it has none or says nothing.
+
+    Raises InputError if there is a manifest that is not sound.
+    """
+    if not (folder / MANIFEST).exists():
+        return "nearest"
+    said = parse_object(read_bytes(folder, MANIFEST, MAX_MANIFEST_BYTES), str(folder / MANIFEST)).get("rounding")
+    return "repair" if said == "repair" else "nearest"
+
+
+def write_manifest(
+    folder: Path, source: Source, guard: Guard, rounding: Rounding, ruling: str, verified: bool, evidence: Any
+) -> None:
     """guardfold.json: what these files are, where they came from, and everything that was measured of them."""
     manifest = {
         "guardfold": __version__,
@@ -54,6 +71,7 @@ def write_manifest(folder: Path, source: Source, guard: Guard, ruling: str, veri
             "interventions": guard.describe(),
             "provenance": dict(guard.provenance),
         },
+        "rounding": rounding,
         "files": file_hashes(folder),
         "figures": evidence,
     }

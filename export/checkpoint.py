@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import stat
 import struct
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..guard.errors import InputError
+from ..guard.untrusted import open_regular, parse_object, read_bytes
 from ..guard.vlm import check_weights, read_config
 
 MAX_HEADER_BYTES = 100 * 2**20
@@ -44,6 +44,10 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 EDITABLE = ("F32", "F16", "BF16", "F64")
+QUANTISED = (
+    "quantised checkpoints are not folded: guard the base model and quantise the result again, "
+    "or put the guard beside this one as a LoRA adapter made from the base model"
+)
 
 
 @dataclass(frozen=True)
@@ -63,12 +67,29 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
+class Stamp:
+    """What of a file's state changes when somebody else writes it or puts another in its place."""
+
+    device: int
+    inode: int
+    size: int
+    modified: int
+
+
+def _stamp(descriptor: int) -> Stamp:
+    found = os.fstat(descriptor)
+    return Stamp(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+@dataclass(frozen=True)
 class Shard:
     """One safetensors file: its header's bytes as they are, and its tensors in the order of their data."""
 
     path: Path
     header: bytes
     tensors: dict[str, TensorInfo]
+    stamp: Stamp
+    """The file's when the header was read."""
 
     @property
     def data_start(self) -> int:
@@ -77,6 +98,16 @@ class Shard:
     @property
     def metadata(self) -> dict[str, str]:
         return json.loads(self.header).get("__metadata__", {})
+
+    def check_unchanged(self) -> None:
+        """InputError if the file is no longer the one whose header was read."""
+        descriptor = open_regular(self.path.parent, self.path.name)
+        try:
+            header = os.pread(descriptor, len(self.header), 8)
+            if _stamp(descriptor) != self.stamp or header != self.header:
+                raise InputError(f"{self.path}: was changed while being read; run again when nobody writes it")
+        finally:
+            os.close(descriptor)
 
 
 @dataclass(frozen=True)
@@ -160,61 +191,58 @@ def read_exactly(descriptor: int, into: memoryview, offset: int, path: Path) -> 
     """Fills `into` from `offset`; InputError if the file ends first."""
     done = 0
     while done < len(into):
-        count = os.preadv(descriptor, [into[done:]], offset + done)
+        try:
+            count = os.preadv(descriptor, [into[done:]], offset + done)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read at byte {offset + done} ({error.strerror})") from error
         if count == 0:
             raise InputError(f"{path}: ends at byte {offset + done}; it was cut short while being read")
         done += count
-
-
-def open_regular(folder: Path, name: str) -> int:
-    """A read-only descriptor of the regular file `name` in `folder`; never blocks, never follows a link elsewhere.
-
-    A link may point inside the folder, or where the hub's cache keeps its files (snapshots/REVISION -> blobs).
-    """
-    path = folder / name
-    real, home = path.resolve(), folder.resolve()
-    allowed = [home]
-    if home.parent.name == "snapshots":
-        allowed.append(home.parent.parent / "blobs")
-    if not any(real.is_relative_to(place) for place in allowed):
-        raise InputError(f"{path}: leads outside the model folder, to {real}")
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise InputError(f"{path}: not a regular file")
-    return descriptor
 
 
 def read_shard(folder: Path, name: str) -> Shard:
     """The header of one safetensors file, every entry checked. InputError naming file and tensor otherwise."""
     path = folder / name
     with os.fdopen(open_regular(folder, name), "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if length > MAX_HEADER_BYTES or 8 + length > size:
-            raise InputError(f"{path}: not a safetensors file (header of {length} bytes in a file of {size})")
-        header = file.read(length)
-    entries = _parse_object(header, str(path))
+        stamp = _stamp(file.fileno())
+        header = file.read(header_bytes(file.read(8), stamp.size, str(path)))
+    return Shard(path, header, parse_header(header, stamp.size, str(path)), stamp)
+
+
+def header_bytes(start: bytes, size: int, where: str) -> int:
+    """How long the header is of a safetensors file of `size` bytes whose first 8 are `start`; it follows them.
+
+    InputError that begins with `where` if the file cannot hold it or the format does not allow it.
+    """
+    length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else size
+    if length > MAX_HEADER_BYTES or 8 + length > size:
+        raise InputError(f"{where}: not a safetensors file (header of {length} bytes in a file of {size})")
+    return length
+
+
+def parse_header(header: bytes, size: int, where: str) -> dict[str, TensorInfo]:
+    """The tensors of a safetensors file of `size` bytes, in the order of their data, every entry checked.
+
+    InputError that begins with `where` for whatever is not as the format says.
+    """
+    entries = parse_object(header, where)
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise InputError(f"{path}: __metadata__ is not an object of strings")
-    infos = sorted((_parse_entry(path, *entry) for entry in entries.items()), key=lambda info: (info.begin, info.end))
+        raise InputError(f"{where}: __metadata__ is not an object of strings")
+    infos = sorted((_parse_entry(where, *entry) for entry in entries.items()), key=lambda info: (info.begin, info.end))
     reached = 0
     for info in infos:
         if info.begin != reached:
-            raise InputError(f"{path}: tensor {info.name!r} overlaps another or leaves a gap at byte {reached}")
+            raise InputError(f"{where}: tensor {info.name!r} overlaps another or leaves a gap at byte {reached}")
         reached = info.end
-    if 8 + length + reached != size:
-        raise InputError(f"{path}: {size} bytes long, its header describes {8 + length + reached}")
-    return Shard(path, header, {info.name: info for info in infos})
+    described = 8 + len(header) + reached
+    if described != size:
+        raise InputError(f"{where}: {size} bytes long, its header describes {described}")
+    return {info.name: info for info in infos}
 
 
-def _parse_entry(path: Path, name: str, entry: Any) -> TensorInfo:
-    where = f"{path}: tensor {name!r}"
+def _parse_entry(file: str, name: str, entry: Any) -> TensorInfo:
+    where = f"{file}: tensor {name!r}"
     if not name or not name.isprintable() or "/" in name or "\\" in name or ".." in name:
         raise InputError(f"{where}: not a tensor name")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
@@ -235,28 +263,9 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**48
 
 
-def _parse_object(text: bytes, where: str) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table = dict(pairs)
-        if len(table) != len(pairs):
-            raise ValueError("a key appears twice")
-        return table
-
-    try:
-        parsed = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not sound JSON ({error})") from error
-    if not isinstance(parsed, dict):
-        raise InputError(f"{where}: not a JSON object")
-    return parsed
-
-
 def _read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX_FILE
-    with os.fdopen(open_regular(folder, INDEX_FILE), "rb") as file:
-        if os.fstat(file.fileno()).st_size > MAX_INDEX_BYTES:
-            raise InputError(f"{path}: larger than {MAX_INDEX_BYTES} bytes")
-        index = _parse_object(file.read(), str(path))
+    index = parse_object(read_bytes(folder, INDEX_FILE, MAX_INDEX_BYTES), str(path))
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{path}: no weight_map")

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 4 * 2**20
+BLOCK_BYTES = 2 * 2**20
 """Size of a float32 block of rows: large enough to amortise a read, small enough to stay in the cache."""
 
 
@@ -148,6 +148,15 @@ class SetColumns:
         for number, column in self.columns.items():
             block[:, number] = column[first : first + len(block)].to(block)
         return block
+
+
+def written_along(edits: Sequence[Edit]) -> tuple[Tensor, int] | None:
+    """(V, axis) of the projections among `edits`: what reads their components, [m, d] float32, one below the other, and
+    the axis of the tensor that is d long; None if there are none.
+    """
+    axes: dict[type, int] = {ProjectRows: 0, ProjectColumns: -1, ProjectSlices: 1}
+    found = [edit for edit in edits if isinstance(edit, Projecting)]
+    return (torch.cat([edit.reading for edit in found]).float(), axes[type(found[0])]) if found else None
 
 
 def row_blocks(shape: Sequence[int], size: int = BLOCK_BYTES) -> list[tuple[int, int]]:

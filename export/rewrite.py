@@ -1,7 +1,8 @@
-"""The streaming rewriter: a checkpoint's bytes go from folder to folder, edited tensors in blocks of rows.
+"""The streaming rewriter: a checkpoint's bytes go from folder to folder in one pass, edited tensors in blocks of rows.
 
-Unedited tensors are copied as bytes and stay identical; the header is kept unless a tensor is added. Nothing is ever
-held whole, so memory does not grow with the model.
+A few threads pull ranges in the order of the files: runs of unedited tensors, which the kernel copies, and edited
+tensors, which are read, folded, rounded and written block by block. Unedited tensors stay identical; so does the
+header unless shapes change. Nothing is ever held whole, so memory does not grow with the model.
 """
 
 from __future__ import annotations
@@ -9,100 +10,81 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import struct
-import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
 from ..guard.errors import InputError
-from .checkpoint import DTYPES, INDEX_FILE, Checkpoint, Shard, TensorInfo, open_regular, read_rows
-from .edits import Edit, Folded, row_blocks
+from ..guard.untrusted import open_regular
+from .checkpoint import DTYPES, EDITABLE, INDEX_FILE, QUANTISED, Checkpoint, Shard, TensorInfo, read_rows
+from .edits import Edit, Folded, written_along
 from .fold import Fold
+from .memory import map_blocks_from
+from .rounding import REPAIRED, Rounding, nearest, repaired
+from .staging import check_room
+from .transfer import copy_range, in_threads, one_torch_thread, reflink, write_exactly
 from .writers import Family
 
-COPY_BYTES = 64 * 2**20
-COPIED_SUFFIXES = {".json", ".jsonl", ".jinja", ".model", ".txt", ".ppm", ".png", ".jpg", ".jpeg"}
-COPIED_PREFIXES = ("LICENSE", "NOTICE", "USE_POLICY")
-NOT_COPIED = {INDEX_FILE, "config.json", "guardfold.json", "report.json", "adapter_config.json"}
-MAX_COPIED_BYTES = 256 * 2**20
+RUN_BYTES = 64 * 2**20
+"""A run of unedited tensors is cut when it grows beyond this, so that threads share the work."""
+
+LARGE_BYTES = 6 * 2**20
+"""Buffers from here on are given back when freed; blocks of rows are smaller, and are used again."""
+
+Link = Literal["auto", "reflink", "hard", "none"]
+LINKS: tuple[Link, ...] = get_args(Link)
 
 Advance = Callable[[int], None]
-"""Called with the number of bytes just written."""
+"""Called with the number of bytes just written, by one thread at a time."""
 
 
-@contextmanager
-def staging(output: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary sibling of `output` that becomes `output` when the block ends well, and vanishes when it does not.
+@dataclass(frozen=True)
+class Writing:
+    """How a checkpoint is written.
 
-    Raises InputError if `output` exists and may not be overwritten, or its parent cannot be written to.
+    jobs: threads.  rounding: see rounding.py.  link: of files in which nothing changes. auto shares their blocks where
+    the filesystem can (reflink) and copies otherwise; reflink insists; hard makes the same file appear in both folders,
+    so that a change of one is a change of the other; none copies.
     """
-    if output.exists() and not overwrite:
-        raise InputError(f"{output}: exists already; choose another --output or pass --overwrite")
-    if output.exists() and not output.is_dir():
-        raise InputError(f"{output}: exists and is not a folder")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.guardfold-", dir=output.parent))
-    except OSError as error:
-        raise InputError(f"{output.parent}: cannot be written to ({error.strerror})") from error
-    temporary.chmod(0o755)
-    try:
-        yield temporary
-        _sync(temporary)
-        _publish(temporary, output, overwrite)
-    except OSError as error:
-        raise InputError(f"{error.filename or output}: cannot be written ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+    jobs: int = 2
+    rounding: Rounding = "repair"
+    link: Link = "auto"
 
 
-def _sync(folder: Path) -> None:
-    for path in [*(each for each in folder.rglob("*")), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _publish(temporary: Path, output: Path, overwrite: bool) -> None:
-    if output.exists():
-        if not overwrite:
-            raise InputError(f"{output}: appeared while this export ran; nothing was overwritten")
-        aside = temporary.with_name(temporary.name + "-old")
-        output.rename(aside)
-        temporary.rename(output)
-        shutil.rmtree(aside)
-    else:
-        temporary.rename(output)
-    descriptor = os.open(output.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def rewrite(checkpoint: Checkpoint, family: Family, fold: Fold, target: Path, advance: Advance) -> None:
+def rewrite(
+    checkpoint: Checkpoint, family: Family, fold: Fold, target: Path, advance: Advance, how: Writing | None = None
+) -> None:
     """Writes `checkpoint` with `fold` applied into the existing folder `target`: shards, index, config.
 
-    Raises InputError if an edited tensor is not finite or a file changes while it is read; OSError as the disk does.
+    Raises InputError if an edited tensor is not finite or of a dtype that cannot be edited, a file changes while it is
+    read, or the disk is too small; OSError as the disk does.
     """
-    added: dict[str, str] = {}
-    sizes = 0
+    how = how or Writing()
+    for name in sorted(fold.changed - set(fold.new)):
+        if checkpoint.info(name).dtype not in EDITABLE:
+            raise InputError(f"{checkpoint.folder}: tensor {name!r} is {checkpoint.info(name).dtype}; {QUANTISED}")
+    plans = [_Plan.of(shard, family, fold, target) for shard in checkpoint.shards]
+    copied = [plan for plan in plans if not (plan.untouched and _linked(plan, how.link))]
+    check_room(target.parent, sum(plan.size for plan in copied))
+    report = _one_at_a_time(advance)
+    tasks = []
+    for plan in copied:
+        plan.begin()
+        tasks += [partial(plan.transfer, run, how.rounding, report) for run in plan.runs()]
+    map_blocks_from(LARGE_BYTES)
+    with one_torch_thread():
+        in_threads(tasks, how.jobs)
     for shard in checkpoint.shards:
-        outputs = list(_outputs(shard, family, fold))
-        _write_shard(checkpoint.folder, shard, outputs, target / shard.path.name, advance)
-        added |= {each.info.name: shard.path.name for each in outputs if each.info.name not in shard.tensors}
-        sizes += sum(each.info.end - each.info.begin for each in outputs)
+        shard.check_unchanged()
     if checkpoint.index is not None:
-        _write_json(target / INDEX_FILE, _new_index(checkpoint.index, added, sizes))
+        _write_json(target / INDEX_FILE, _new_index(checkpoint.index, plans))
     _write_json(target / "config.json", _new_config(checkpoint.config, family, fold))
 
 
@@ -120,13 +102,6 @@ def _new_config(config: Mapping[str, Any], family: Family, fold: Fold) -> Mappin
     return {**config, family.text_config_key: {**config.get(family.text_config_key, {}), **text}, **tie}
 
 
-def _new_index(index: Mapping[str, Any], added: Mapping[str, str], size: int) -> dict[str, Any]:
-    changed = {**index, "weight_map": {**index["weight_map"], **added}}
-    if isinstance(index.get("metadata"), dict) and "total_size" in index["metadata"]:
-        changed["metadata"] = {**index["metadata"], "total_size": size}
-    return changed
-
-
 @dataclass(frozen=True)
 class _Output:
     """A tensor to be written: what it will be, what it is read from (None: zeros), its edits (None: a plain copy)."""
@@ -134,6 +109,73 @@ class _Output:
     info: TensorInfo
     source: TensorInfo | None
     edits: Sequence[Edit] | None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One shard: the tensors to be written in the order of their data, under which header, into which file."""
+
+    shard: Shard
+    outputs: tuple[_Output, ...]
+    header: bytes
+    to: Path
+
+    @classmethod
+    def of(cls, shard: Shard, family: Family, fold: Fold, target: Path) -> _Plan:
+        outputs = tuple(_outputs(shard, family, fold))
+        same = all(each.info == each.source for each in outputs)
+        return cls(shard, outputs, shard.header if same else _new_header(shard, outputs), target / shard.path.name)
+
+    @property
+    def untouched(self) -> bool:
+        return all(each.edits is None and each.info == each.source for each in self.outputs)
+
+    @property
+    def start(self) -> int:
+        """Where the data begins."""
+        return 8 + len(self.header)
+
+    @property
+    def size(self) -> int:
+        return self.start + max((each.info.end for each in self.outputs), default=0)
+
+    def begin(self) -> None:
+        """Makes the file at its full size, with its header."""
+        target = os.open(self.to, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        try:
+            os.posix_fallocate(target, 0, self.size)
+            write_exactly(target, struct.pack("<Q", len(self.header)) + self.header, 0)
+        finally:
+            os.close(target)
+
+    def runs(self) -> Iterator[list[_Output]]:
+        """The outputs in order: each edited one alone, copies that are neighbours before and after together."""
+        run: list[_Output] = []
+        for each in self.outputs:
+            if run and not (_adjoin(run[-1], each) and each.info.end - run[0].info.begin <= RUN_BYTES):
+                yield run
+                run = []
+            run.append(each)
+        if run:
+            yield run
+
+    def transfer(self, run: Sequence[_Output], rounding: Rounding, advance: Advance) -> None:
+        """Writes the tensors of `run`, which are one edited tensor or a range to copy."""
+        first, last = run[0], run[-1]
+        source = open_regular(self.shard.path.parent, self.shard.path.name)
+        try:
+            target = os.open(self.to, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                if first.edits is not None:
+                    _write_edited(source, target, self.shard, first, self.start + first.info.begin, rounding)
+                elif first.source and last.source:
+                    begin, end = (self.shard.data_start + each for each in (first.source.begin, last.source.end))
+                    copy_range(source, target, begin, end, self.start + first.info.begin, self.shard.path)
+            finally:
+                os.close(target)
+        finally:
+            os.close(source)
+        advance(last.info.end - first.info.begin)
 
 
 def _outputs(shard: Shard, family: Family, fold: Fold) -> Iterator[_Output]:
@@ -156,27 +198,6 @@ def _outputs(shard: Shard, family: Family, fold: Fold) -> Iterator[_Output]:
             yield _Output(placed(name, shard.tensors[like], fold.grown[name]), None, fold.edits.get(name, ()))
 
 
-def _write_shard(folder: Path, shard: Shard, outputs: Sequence[_Output], to: Path, advance: Advance) -> None:
-    same = all(each.info == each.source for each in outputs)
-    header = shard.header if same else _new_header(shard, outputs)
-    start = 8 + len(header)
-    source = open_regular(folder, shard.path.name)
-    target = os.open(to, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-    try:
-        os.posix_fallocate(target, 0, start + max((each.info.end for each in outputs), default=0))
-        _write_exactly(target, struct.pack("<Q", len(header)) + header, 0)
-        for run in _runs(outputs):
-            first, last = run[0], run[-1]
-            if first.edits is not None:
-                _write_edited(source, target, shard, first, start)
-            elif first.source and last.source:
-                _copy(source, target, shard, first.source.begin, last.source.end, start + first.info.begin)
-            advance(last.info.end - first.info.begin)
-    finally:
-        os.close(source)
-        os.close(target)
-
-
 def _new_header(shard: Shard, outputs: Sequence[_Output]) -> bytes:
     entries = {
         each.info.name: {
@@ -191,16 +212,13 @@ def _new_header(shard: Shard, outputs: Sequence[_Output]) -> bytes:
     return text + b" " * (-len(text) % 8)
 
 
-def _runs(outputs: Sequence[_Output]) -> Iterator[list[_Output]]:
-    """The outputs in order: each edited one alone, copies that are neighbours before and after together."""
-    run: list[_Output] = []
-    for each in outputs:
-        if run and not (_adjoin(run[-1], each) and each.info.end - run[0].info.begin <= COPY_BYTES):
-            yield run
-            run = []
-        run.append(each)
-    if run:
-        yield run
+def _new_index(index: Mapping[str, Any], plans: Sequence[_Plan]) -> dict[str, Any]:
+    held = {each.info.name: plan.to.name for plan in plans for each in plan.outputs}
+    changed = {**index, "weight_map": {**index["weight_map"], **held}}
+    if isinstance(index.get("metadata"), dict) and "total_size" in index["metadata"]:
+        size = sum(plan.size - plan.start for plan in plans)
+        changed["metadata"] = {**index["metadata"], "total_size": size}
+    return changed
 
 
 def _adjoin(one: _Output, next_: _Output) -> bool:
@@ -209,55 +227,48 @@ def _adjoin(one: _Output, next_: _Output) -> bool:
     return one.source.end == next_.source.begin
 
 
-def _copy(source: int, target: int, shard: Shard, begin: int, end: int, to: int) -> None:
-    """Copies data bytes begin:end of `shard` to offset `to`; within the kernel where the system can."""
-    start = shard.data_start + begin
-    done, size = 0, end - begin
-    while done < size:
-        chunk = min(COPY_BYTES, size - done)
+def _linked(plan: _Plan, link: Link) -> bool:
+    """Whether `plan`'s file now lies there without a copy. InputError if `link` insists on what cannot be had."""
+    source, path = plan.shard.path, plan.to
+    if link == "none":
+        return False
+    try:
+        if link == "hard":
+            path.hardlink_to(source.resolve())
+            return True
+        descriptor = open_regular(source.parent, source.name)
         try:
-            count = os.copy_file_range(source, target, chunk, start + done, to + done)
-        except OSError:
-            count = _write_exactly(target, os.pread(source, chunk, start + done), to + done)
-        if count == 0:
-            raise InputError(f"{shard.path}: ends at byte {start + done}; it was cut short while being read")
-        done += count
+            with path.open("xb") as target:
+                reflink(descriptor, target.fileno())
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        if link == "auto":
+            return False
+        raise InputError(f"{source}: --link {link} is not possible here ({error.strerror}); use --link auto") from error
+    return True
 
 
-def _write_exactly(target: int, data: Any, offset: int) -> int:
-    view, done = memoryview(data).cast("B"), 0
-    while done < len(view):
-        done += os.pwrite(target, view[done:], offset + done)
-    return done
-
-
-def _write_edited(source: int, target: int, shard: Shard, output: _Output, start: int) -> None:
-    """Streams one tensor through its edits, rounding to its own dtype (to nearest) at the end."""
+def _write_edited(source: int, target: int, shard: Shard, output: _Output, to: int, rounding: Rounding) -> None:
+    """Streams one tensor through its edits to offset `to`, rounding to its own dtype at the end."""
     info, had = output.info, output.source.shape if output.source else (0, *output.info.shape[1:])
-    read = partial(read_rows, source, shard, output.source or info)
-    folded = Folded(read, had, output.edits or (), info.shape)
-    for first, last in row_blocks(info.shape):
-        rounded = folded.rows(first, last).to(DTYPES[info.dtype])
-        if not torch.isfinite(rounded).all():
+    edits, dtype = output.edits or (), DTYPES[info.dtype]
+    folded = Folded(partial(read_rows, source, shard, output.source or info), had, edits, info.shape)
+    along = written_along(edits) if rounding == "repair" and info.dtype in REPAIRED else None
+    for first, rows in repaired(folded, dtype, *along) if along else nearest(folded, dtype):
+        if rows.numel() and not all(map(torch.isfinite, torch.aminmax(rows))):
             raise InputError(
                 f"{shard.path}: tensor {info.name!r} has NaN or Inf (or overflows {info.dtype} when folded)"
             )
-        data = rounded.contiguous().view(torch.uint8).numpy()
-        _write_exactly(target, data, start + info.begin + first * info.row_bytes)
+        write_exactly(target, rows.contiguous().view(torch.uint8).numpy(), to + first * info.row_bytes)
 
 
-def copy_companions(source: Path, target: Path) -> None:
-    """Copies what belongs beside the weights: tokenizer, processor, generation config, prompt files, licence.
+def _one_at_a_time(advance: Advance) -> Advance:
+    lock = threading.Lock()
 
-    Never code, weights or pickles; never a link that leaves the folder. What `target` holds already is kept.
-    """
-    for path in sorted([*source.glob("*"), *source.glob("images/*")]):
-        relative = path.relative_to(source)
-        wanted = path.suffix.lower() in COPIED_SUFFIXES or path.name.startswith(COPIED_PREFIXES)
-        if not wanted or path.name in NOT_COPIED or path.is_dir() or (target / relative).exists():
-            continue
-        with os.fdopen(open_regular(source, str(relative)), "rb") as file:
-            if os.fstat(file.fileno()).st_size > MAX_COPIED_BYTES:
-                raise InputError(f"{path}: larger than {MAX_COPIED_BYTES} bytes; not a tokenizer or config file")
-            (target / relative).parent.mkdir(exist_ok=True)
-            (target / relative).write_bytes(file.read())
+    def report(count: int) -> None:
+        with lock:
+            advance(count)
+
+    return report

@@ -20,7 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..guard.errors import InputError
 from ..guard.vlm import decoder, decoder_layers, meta_model
-from .checkpoint import EDITABLE, Checkpoint
+from .checkpoint import EDITABLE, QUANTISED, Checkpoint
 from .names import Layout
 
 Role = Literal["embedding", "vision", "audio", "attention", "mlp"]
@@ -309,9 +309,7 @@ class _Search:
         info = self.checkpoint.info(disk)
         where = f"{self.checkpoint.folder}: tensor {disk!r}"
         if info.dtype not in EDITABLE:
-            raise InputError(
-                f"{where} is {info.dtype}; quantised checkpoints are not folded: guard the base model and requantise"
-            )
+            raise InputError(f"{where} is {info.dtype}; {QUANTISED}")
         if info.shape[axis] != self.width:
             raise InputError(f"{where}: axis {axis} of {list(info.shape)} is not the hidden size, {self.width}")
 

@@ -15,7 +15,7 @@ from huggingface_hub import metadata_load
 from transformers import AutoModelForImageTextToText
 from zoo import FAMILIES, Tiny, change_tensors, random_basis, tensors
 
-from guardfold.export.rewrite import staging
+from guardfold.export.staging import staging
 from guardfold.guard.errors import InputError
 from guardfold.guard.guard import Guard
 from guardfold.guard.interventions import SharedProjection, SublayerProjection
@@ -305,7 +305,7 @@ def test_an_output_that_appears_meanwhile_is_left_alone(source: Path, guard_file
             output.mkdir()
             (output / "a.txt").write_text("first")
 
-    with pytest.raises(InputError, match="appeared while this export ran"):
+    with pytest.raises(InputError, match="guarded: exists already"):
         late()
     assert (output / "a.txt").read_text() == "first"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["guarded", "model"]

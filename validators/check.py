@@ -8,6 +8,7 @@ from typing import Any
 
 from ..export.checkpoint import Checkpoint
 from ..export.fold import Fold
+from ..export.rounding import Rounding
 from ..export.writers import Family
 from ..guard.directions import auc
 from ..guard.guard import Guard
@@ -123,17 +124,19 @@ def examine(
     family: Family,
     guard: Guard,
     fold: Fold,
+    rounding: Rounding,
     probes: Probes | None,
     judge: Judge | None = None,
 ) -> Evidence:
     """The evidence about `folded`, made from `source` by folding `guard`. Without `probes`, behaviour is not measured.
 
-    judge: default, by phrases.  Raises InputError if either folder cannot be loaded.
+    rounding: how the weights were rounded.  judge: default, by phrases.  Raises InputError if either folder cannot be
+    loaded.
     """
     integrity = inspect_folder(source, folded, family, fold)
     if not integrity.passed:
         return Evidence(integrity, None)
-    equivalence = compare(source, folded, guard, fold)
+    equivalence = compare(source, folded, guard, fold, rounding)
     if probes is None or not equivalence.passed:
         return Evidence(integrity, equivalence)
     judge = judge or PhraseJudge(probes.refusal)

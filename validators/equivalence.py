@@ -17,6 +17,7 @@ from transformers import BatchFeature, PreTrainedModel
 
 from ..export.checkpoint import DTYPES, Checkpoint
 from ..export.fold import Fold
+from ..export.rounding import Rounding
 from ..guard.errors import InputError
 from ..guard.guard import Guard
 from ..guard.hooks import attached
@@ -63,8 +64,9 @@ class Equivalence:
     compared: the kinds of prompts that were run.  arithmetic: what it was computed in.  approximate: why no weights
     equal the hooks (Fold.approximate); None where they do.  edit: hooked vs original, what the guard changes.  folded:
     file vs hooked, or vs the fold before rounding if it is approximate.  exact: the fold before rounding vs hooked
-    (equal to `folded` for float32 files). noise: what rounding noise does; None for float32. argmax: share of positions
-    whose most likely token agrees. greedy: share of generated tokens that agree, if any were.
+    (equal to `folded` for float32 files).  noise: what rounding noise does; None for float32.  argmax: share of
+    positions whose most likely token agrees.  greedy: share of generated tokens that agree, if any were.
+    rounding: as it was asked for.
     """
 
     compared: tuple[str, ...]
@@ -84,6 +86,7 @@ class Equivalence:
     tensor_leak: float | None
     tensor_tolerance: float | None
     worst_tensor: str | None
+    rounding: Rounding
     failures: tuple[str, ...]
 
     @property
@@ -138,19 +141,25 @@ def _agreement(a: Sequence[Any], b: Sequence[Any]) -> float | None:
     return sum(x == y for x, y in zip(a, b, strict=True)) / len(a) if a else None
 
 
-def compare(source: Checkpoint, folded: Checkpoint, guard: Guard, fold: Fold) -> Equivalence:
+def compare(
+    source: Checkpoint, folded: Checkpoint, guard: Guard, fold: Fold, rounding: Rounding = "repair"
+) -> Equivalence:
     """`folded` against `source` with `guard` attached. `fold` says which tensors were edited and how.
+
+    rounding: how they were rounded, which decides how much of a direction may be left in them.
 
     Raises InputError if either checkpoint does not load.
     """
-    found = _compare(source, folded, guard, fold, torch.float32)
+    found = _compare(source, folded, guard, fold, rounding, torch.float32)
     if found.approximate or found.exact <= TOLERANCE:
         return found
-    return _compare(source, folded, guard, fold, torch.float64)
+    return _compare(source, folded, guard, fold, rounding, torch.float64)
 
 
 @torch.inference_mode()
-def _compare(source: Checkpoint, folded: Checkpoint, guard: Guard, fold: Fold, dtype: torch.dtype) -> Equivalence:
+def _compare(
+    source: Checkpoint, folded: Checkpoint, guard: Guard, fold: Fold, rounding: Rounding, dtype: torch.dtype
+) -> Equivalence:
     dtypes = {name: folded.info(name).dtype for name in fold.edits}
     rounded = any(DTYPES[each].itemsize < dtype.itemsize for each in dtypes.values())
     with bar() as progress:
@@ -180,7 +189,8 @@ def _compare(source: Checkpoint, folded: Checkpoint, guard: Guard, fold: Fold, d
             )
             progress.advance(task)
     per_tensor = tensor_leaks(source, folded, fold.edits)
-    worst_tensor = max(per_tensor, key=lambda name: per_tensor[name] / tensor_tolerance(dtypes[name]), default=None)
+    limits = {name: tensor_tolerance(dtypes[name], fold.edits[name], rounding) for name in per_tensor}
+    worst_tensor = max(per_tensor, key=lambda name: per_tensor[name] / limits[name], default=None)
     choices = [torch.cat([each.argmax(-1) for each in logits.values()]).tolist() for logits in (got, hooked)]
     result = Equivalence(
         compared=tuple(batches),
@@ -198,8 +208,9 @@ def _compare(source: Checkpoint, folded: Checkpoint, guard: Guard, fold: Fold, d
         activation_tolerance=activation_tolerance(list(dtypes.values())),
         worst_activation=max(leaks.at, key=lambda place: leaks.at[place]) if leaks.at else None,
         tensor_leak=per_tensor[worst_tensor] if worst_tensor else None,
-        tensor_tolerance=tensor_tolerance(dtypes[worst_tensor]) if worst_tensor else None,
+        tensor_tolerance=limits[worst_tensor] if worst_tensor else None,
         worst_tensor=worst_tensor,
+        rounding=rounding,
         failures=(),
     )
     return replace(result, failures=tuple(_failures(result)))

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..export.checkpoint import DTYPES, Checkpoint
-from ..export.edits import Edit, ProjectColumns, Projecting, ProjectRows, SetColumns, row_blocks
+from ..export.edits import Edit, ProjectColumns, Projecting, ProjectRows, SetColumns, row_blocks, written_along
+from ..export.rounding import REPAIRED, Rounding
 from ..guard.guard import Guard
 from ..guard.interventions import Gate, SharedProjection, SublayerProjection
 from ..guard.progress import track
@@ -137,6 +138,15 @@ def tensor_leaks(source: Checkpoint, folded: Checkpoint, edits: Mapping[str, Seq
     }
 
 
-def tensor_tolerance(dtype: str) -> float:
-    """What rounding to `dtype` may leave in one tensor: its error is one of many random directions, hence 8 of them."""
-    return max(EXACT_TOLERANCE, 8 * unit_roundoff(DTYPES[dtype]))
+def tensor_tolerance(dtype: str, edits: Sequence[Edit], rounding: Rounding) -> float:
+    """What rounding to `dtype` may leave in a tensor with these projections.
+
+    nearest: its error is one of many random directions, hence 8 unit roundoffs.  repair: three times what is left of
+    random weights and directions, about u m / d (measured, u / 1500 to u / 9 for d / m from 4096 to 11).
+    """
+    u = unit_roundoff(DTYPES[dtype])
+    along = written_along(edits)
+    if rounding == "nearest" or along is None or dtype not in REPAIRED:
+        return max(EXACT_TOLERANCE, 8 * u)
+    rank, width = along[0].shape
+    return max(EXACT_TOLERANCE, 3 * u * rank / width)

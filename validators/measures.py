@@ -25,6 +25,12 @@ MEASURES = {
 QA_MEASURE = Measure("right", "image questions answered as labelled", True)
 
 
+_ROUNDING = {
+    "repair": "with repair (a few entries by one step more, so that the projection survives the dtype)",
+    "nearest": "to nearest",
+}
+
+
 def markdown(figures: Mapping[str, Any]) -> str:
     """Evidence.figures() as a model card says them: equality, then every rate with its interval."""
     return "\n\n".join(_paragraphs(figures))
@@ -47,6 +53,11 @@ def _paragraphs(figures: Mapping[str, Any]) -> Iterator[str]:
     original, guarded, equal = (figures.get(name) for name in ("original", "guarded", "equivalence"))
     if equal:
         yield equality(equal)
+        if equal["tensor_leak"] is not None:
+            yield (
+                f"Weights were rounded {_ROUNDING[equal['rounding']]}: of the projected directions, at most "
+                f"{equal['tensor_leak']:.1e} is left in a tensor."
+            )
     if not original or not guarded:
         yield "Behaviour was not measured."
         return

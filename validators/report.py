@@ -36,7 +36,11 @@ def _parts(evidence: Evidence) -> Iterator[RenderableType]:
         + (f", {len(integrity.added)} added" if integrity.added else "")
     )
     if equal:
-        noise = "" if equal.noise is None else f" (rounding noise {equal.noise:.1e}, before rounding {equal.exact:.1e})"
+        noise = (
+            ""
+            if equal.noise is None
+            else f" (rounding noise {equal.noise:.1e}, before rounding {equal.exact:.1e}; rounding: {equal.rounding})"
+        )
         greedy = "" if equal.greedy is None else f", {equal.greedy:.1%} of {equal.greedy_tokens} greedy tokens equal"
         leaks = [each for each in (equal.tensor_leak, equal.activation_leak) if each is not None]
         yield Text(

@@ -6,7 +6,6 @@ weights may be edited on the way, unrounded: what a fold would compute if number
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,19 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..export.checkpoint import Checkpoint, open_regular, read_rows
+from ..export.checkpoint import Checkpoint, read_rows
 from ..export.edits import Folded, row_blocks
 from ..export.fold import Fold
+from ..export.memory import map_blocks_from
 from ..export.names import Layout
 from ..export.writers import head_of, module_name
 from ..guard.errors import InputError
+from ..guard.untrusted import open_regular
 from ..guard.vlm import meta_model
 
 MULTIPLY_BYTES = 32 * 2**20
 """Float32 block of a matrix that is multiplied at a time."""
-
-M_MMAP_THRESHOLD = -3
-"""The option's number in glibc's malloc.h."""
 
 KEPT_ENTRIES = 2**16
 """A module's own parameters up to this many are read once and kept: gains, biases, and vectors such as image_newline,
@@ -141,7 +139,7 @@ def streamed(
     config: the folder whose config.json says what the folded model looks like, if not the checkpoint's own.
     Raises InputError if the checkpoint lacks a tensor or one has another shape than config.json says.
     """
-    _map_large_blocks()
+    map_blocks_from(2**20)
     model = meta_model(config or checkpoint.folder, dtype)
     weights = _Weights(checkpoint, model, fold or Fold({}), dtype)
     try:
@@ -169,14 +167,3 @@ def streamed(
         yield model
     finally:
         weights.close()
-
-
-def _map_large_blocks() -> None:
-    """Asks glibc to map every block over 1 MB on its own, so that freeing it gives its memory back at once.
-
-    By default its threshold grows with what is freed, up to 32 MB, and a pass over a large model then leaves a heap of
-    holes behind: measured on 4 GB of weights, a peak of 803 MB instead of 537 MB. Elsewhere this does nothing.
-    """
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
-    if set_option is not None:
-        set_option(M_MMAP_THRESHOLD, 2**20)

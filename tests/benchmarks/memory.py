@@ -27,8 +27,8 @@ from guardfold.guard.interventions import SharedProjection, SublayerProjection
 SHARD_BYTES = 1.6e9
 
 
-def make(folder: Path, layers: int) -> None:
-    """Writes the checkpoint, shard by shard, in the hub's key style."""
+def make(folder: Path, layers: int, vision_layers: int = 24) -> int:
+    """Writes the checkpoint, shard by shard, in the hub's key style; returns its size in bytes."""
     folder.mkdir()
     text = {
         "model_type": "llama",
@@ -42,7 +42,7 @@ def make(folder: Path, layers: int) -> None:
     vision = CLIPVisionConfig(
         hidden_size=1024,
         intermediate_size=4096,
-        num_hidden_layers=24,
+        num_hidden_layers=vision_layers,
         num_attention_heads=16,
         image_size=336,
         patch_size=14,
@@ -79,6 +79,7 @@ def make(folder: Path, layers: int) -> None:
     flush()
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return total
 
 
 def _legacy(name: str) -> str:

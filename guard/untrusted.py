@@ -1,0 +1,73 @@
+"""Files that others wrote: opened without blocking, never through a link that leaves the folder, read within bounds."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+
+MAX_PARTS = 2**21
+"""Commas, brackets and braces in a JSON text: 11 a tensor in a header. Each may cost 230 bytes of memory."""
+
+ASCII_FROM_BYTES = 2**24
+"""A text this long is taken only if it is ASCII: one other character makes all of them four bytes wide in memory."""
+
+
+def open_regular(folder: Path, name: str) -> int:
+    """A read-only descriptor of the regular file `name` in `folder`; never blocks, never follows a link elsewhere.
+
+    A link may point inside the folder, or where the hub's cache keeps its files (snapshots/REVISION -> blobs).
+    """
+    path = folder / name
+    try:
+        real, home = path.resolve(), folder.resolve()
+    except (OSError, RuntimeError) as error:  # a link to itself
+        raise InputError(f"{path}: cannot be read (a link that leads nowhere)") from error
+    allowed = [home]
+    if home.parent.name == "snapshots":
+        allowed.append(home.parent.parent / "blobs")
+    if not any(real.is_relative_to(place) for place in allowed):
+        raise InputError(f"{path}: leads outside the model folder, to {real}")
+    try:
+        descriptor = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise InputError(f"{path}: not a regular file")
+    return descriptor
+
+
+def read_bytes(folder: Path, name: str, limit: int) -> bytes:
+    """The bytes of `name` in `folder`. InputError if it is no regular file of the folder, or larger than `limit`."""
+    with os.fdopen(open_regular(folder, name), "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise InputError(f"{folder / name}: larger than {limit} bytes")
+    return data
+
+
+def parse_object(text: bytes, where: str) -> dict[str, Any]:
+    """The JSON object in `text`, UTF-8, no key twice. InputError that begins with `where` otherwise."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) != len(pairs):
+            raise ValueError("a key appears twice")
+        return table
+
+    if sum(text.count(part) for part in (b",", b"{", b"[")) > MAX_PARTS:
+        raise InputError(f"{where}: not sound JSON (over {MAX_PARTS} values)")
+    if len(text) > ASCII_FROM_BYTES and not text.isascii():
+        raise InputError(f"{where}: not sound JSON (over {ASCII_FROM_BYTES} bytes, and not all of them ASCII)")
+    try:
+        parsed = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not sound JSON ({error})") from error
+    if not isinstance(parsed, dict):
+        raise InputError(f"{where}: not a JSON object")
+    return parsed
