@@ -88,11 +88,13 @@ def test_where_names_cannot_be_exchanged_a_kill_between_the_renames_is_made_good
     (tmp_path / "out" / "guarded" / "first").touch()
 
     def killed() -> None:
-        stages._exchange = lambda *_: False  # type: ignore[assignment]
+        stages._exchange = lambda *_: False
         rename, calls = Path.rename, iter([True])
-        Path.rename = (  # type: ignore[method-assign]
-            lambda *a: rename(*a) if next(calls, False) else os.kill(os.getpid(), signal.SIGKILL)
-        )
+
+        def once(*paths: Any) -> Any:
+            return rename(*paths) if next(calls, False) else os.kill(os.getpid(), signal.SIGKILL)
+
+        Path.rename = once  # type: ignore[method-assign]
         run(tmp_path, True)
 
     assert ended(forked(killed)) == -signal.SIGKILL
