@@ -14,6 +14,7 @@ from .export.card import GUARD_FILE, Source, write_card, write_manifest, written
 from .export.checkpoint import Checkpoint
 from .export.companions import copy_companions
 from .export.fold import Placement, fold
+from .export.hub import Target, push
 from .export.rewrite import Writing, rewrite
 from .export.staging import check_room, staging
 from .export.tracer import as_toml, family_rows, hollow
@@ -85,6 +86,8 @@ class Export:
     folder: Path
     guard: Guard
     evidence: Evidence
+    url: str | None = None
+    """Of the commit or pull request, where it was pushed."""
 
     @property
     def verified(self) -> bool:
@@ -236,17 +239,22 @@ def export_guarded(
     strict: bool = False,
     overwrite: bool = False,
     writing: Writing | None = None,
+    push_to: Target | None = None,
 ) -> Export:
     """Writes `model` with a guard folded into its weights to `output` (default ./<name>-guarded), if it is safer.
 
     probes, qa: files that replace the model's own or the built-in ones.  skip_behaviour: measure nothing but soundness
     and equality; the manifest says NOT VERIFIED.  allow_weaker: publish whatever the verdict; the manifest and the card
     say NOT VERIFIED.  strict: refuse a fold that is approximate by nature (under post-norms).  overwrite: replace
-    `output`, if guardfold wrote it.  writing: threads, rounding, links.  Raises InputError for what cannot be used, and
-    NotSafer, leaving nothing behind, if the result is not safer or not equal to its hooks (the latter is never
-    published).
+    `output`, if guardfold wrote it.  writing: threads, rounding, links.  push_to: where on the hub the finished folder
+    goes as well.  Raises InputError for what cannot be used, and NotSafer, leaving nothing behind, if the result is not
+    safer or not equal to its hooks (the latter is never published).
     """
     options = options or GuardOptions()
+    if push_to:
+        push_to.check()
+        if skip_behaviour and not allow_weaker:
+            raise InputError("--skip-behaviour: what was not measured is not pushed (--allow-weaker overrides)")
     folder, name = resolve(model)
     source, checkpoint = Source(name, folder), Checkpoint.open(folder)
     family = family_of(checkpoint, options.family)
@@ -280,7 +288,7 @@ def export_guarded(
         (stage / "report.html").write_text(page, encoding="utf-8")
         write_card(stage, source, guard, evidence.ruling, verified, markdown(figures))
         write_manifest(stage, source, guard, writing.rounding, evidence.ruling, verified, figures)
-    return Export(target, guard, evidence)
+    return Export(target, guard, evidence, push(target, push_to, allow_weaker=allow_weaker) if push_to else None)
 
 
 def check_guarded(

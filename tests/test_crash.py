@@ -94,7 +94,7 @@ def test_where_names_cannot_be_exchanged_a_kill_between_the_renames_is_made_good
         def once(*paths: Any) -> Any:
             return rename(*paths) if next(calls, False) else os.kill(os.getpid(), signal.SIGKILL)
 
-        Path.rename = once  # type: ignore[method-assign]
+        Path.rename = once  # type: ignore[method-assign, assignment]
         run(tmp_path, True)
 
     assert ended(forked(killed)) == -signal.SIGKILL

@@ -103,7 +103,7 @@ def test_repair_never_leaves_more_than_the_leak_detector_allows_nor_moves_an_ent
 ) -> None:
     width = 16 * rank * times
     sizes = (width, count) if kind is rows else (count, width)
-    made = kind(*sizes, rank, dtype, seed, strength)  # type: ignore[call-arg]
+    made = kind(*sizes, rank, dtype, seed, strength)  # type: ignore[call-arg, arg-type]
     name = "BF16" if dtype == torch.bfloat16 else "F16"
     scale = max(1.0, (rank / width) ** 0.5 * float(made.exact.norm()) / made.component)
     assert made.leak(made.repaired) / scale <= tensor_tolerance(name, [ProjectRows(made.basis, 1.0)], "repair")
