@@ -64,8 +64,13 @@ def download(hub_id: str, revision: str | None = None) -> Path:
     that its index names. What the cache holds is not asked for again. Raises InputError if it cannot be had.
     """
     with hub_errors(f"{hub_id}: cannot be had from the Hugging Face Hub"):
-        folder = _snapshot(hub_id, revision, COMPANIONS)
+        folder = download_config(hub_id, revision)
         return _snapshot(hub_id, folder.name, _weights(folder))
+
+
+def download_config(hub_id: str, revision: str | None = None) -> Path:
+    """The snapshot folder, named after its commit, of a model's companions, without weights. Raises as `_snapshot`."""
+    return _snapshot(hub_id, revision, COMPANIONS)
 
 
 def download_everything(hub_id: str, revision: str | None = None) -> Path:

@@ -122,22 +122,29 @@ class VLM:
         return 64 if sum(p.numel() for p in self.model.parameters()) < 50e6 else 8
 
 
-def resolve(name: str) -> tuple[Path, str]:
-    """(folder, source) of `name`: the demo, a folder, an alias or a hub id (@REVISION), downloaded if need be.
-
-    `source` is what the manifest calls the model: the alias's hub id, the hub id, or the folder's name.
-    """
+def located(name: str) -> Path | tuple[str, str | None]:
+    """The folder that `name` is, the demo's if that is meant, or the (hub id, revision) that it stands for."""
     if name == DEMO:
-        return Path(str(files("guardfold") / "validators" / "demo" / "model")), DEMO
-    folder = Path(name)
-    if folder.is_dir():
-        return folder, folder.resolve().name
+        return Path(str(files("guardfold") / "validators" / "demo" / "model"))
+    if Path(name).is_dir():
+        return Path(name)
     given, revision = split_revision(name)
     hub_id = ALIASES.get(given, given)
     if not is_hub_id(hub_id):
         known = ", ".join([DEMO, *ALIASES])
         raise InputError(f"{name}: no such folder; give a model folder, a hub id (owner/name) or one of {known}")
-    return download(hub_id, revision), hub_id
+    return hub_id, revision
+
+
+def resolve(name: str) -> tuple[Path, str]:
+    """(folder, source) of `name`: the demo, a folder, an alias or a hub id (@REVISION), downloaded if need be.
+
+    `source` is what the manifest calls the model: the alias's hub id, the hub id, or the folder's name.
+    """
+    found = located(name)
+    if isinstance(found, Path):
+        return found, DEMO if name == DEMO else found.resolve().name
+    return download(*found), found[0]
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def publish(model: Path, folder: Path, ruling: str = "safer", shards: int = 1, s
     guard.save(folder / GUARD_FILE)
     made_from, verified = Source(source, model), ruling == "safer"
     write_card(folder, made_from, guard, ruling, verified, "Nothing was measured.")
-    write_manifest(folder, made_from, guard, ruling, verified, {})
+    write_manifest(folder, made_from, guard, "repair", ruling, verified, {})
     return folder
 
 
