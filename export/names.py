@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -38,3 +38,9 @@ def disk_name(model: PreTrainedModel, memory: str, candidates: Iterable[str]) ->
     """The first of `candidates` that transformers loads as `memory`."""
     renaming = Renaming(model)
     return next((name for name in candidates if renaming(name) == memory), None)
+
+
+def tied_names(model: PreTrainedModel) -> dict[str, str]:
+    """Head -> embedding, where the class could tie them; whether they are tied is for the file to say."""
+    keys = model._tied_weights_keys
+    return dict(keys) if isinstance(keys, Mapping) else {}

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from ..export.checkpoint import Checkpoint, open_regular, read_rows
 from ..export.edits import Folded, row_blocks
 from ..export.fold import Fold
-from ..export.names import memory_to_disk
+from ..export.names import memory_to_disk, tied_names
 from ..guard.errors import InputError
 from ..guard.vlm import meta_model
 
@@ -43,7 +43,7 @@ class _Weights:
         self.checkpoint = checkpoint
         self.disk = memory_to_disk(model, [*checkpoint.tensors, *fold.new])
         self.tied = {
-            name: self.disk[of] for name, of in _tied(model).items() if name not in self.disk and of in self.disk
+            name: self.disk[of] for name, of in tied_names(model).items() if name not in self.disk and of in self.disk
         }
         self.files = {shard.path: open_regular(checkpoint.folder, shard.path.name) for shard in checkpoint.shards}
         self.folded = {
@@ -91,12 +91,6 @@ class _Weights:
             return self.folded[disk].rows(first, last)
         block = self._raw(disk or self.tied[name], first, last)
         return block.to(torch.promote_types(block.dtype, torch.float32)) if block.is_floating_point() else block
-
-
-def _tied(model: PreTrainedModel) -> dict[str, str]:
-    """Head -> embedding, where the class could tie them; whether they are tied is for the file to say."""
-    keys = model._tied_weights_keys
-    return dict(keys) if isinstance(keys, Mapping) else {}
 
 
 def _linear(weights: _Weights, name: str, module: nn.Linear, states: Tensor) -> Tensor:
