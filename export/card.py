@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from huggingface_hub import ModelCardData, metadata_load
 
 from .. import __version__
+from ..guard.errors import InputError
 from ..guard.guard import Guard
 
 MANIFEST = "guardfold.json"
@@ -47,7 +49,7 @@ def write_manifest(folder: Path, source: Source, guard: Guard, ruling: str, veri
         "guardfold": __version__,
         "verdict": ruling,
         "verified": verified,
-        "status": "VERIFIED" if verified else "NOT VERIFIED",
+        "status": _status(verified),
         "source": {"model": source.name, "revision": source.revision},
         "guard": {
             "sha256": guard.hash,
@@ -58,6 +60,39 @@ def write_manifest(folder: Path, source: Source, guard: Guard, ruling: str, veri
         "figures": evidence,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """guardfold.json of an exported `folder`, whose weights and guard are what it says. InputError otherwise."""
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        recorded = {name: str(value) for name, value in manifest["files"].items()}
+        if not isinstance(manifest["verdict"], str) or not isinstance(manifest["verified"], bool):
+            raise TypeError("verdict or verified is not what it should be")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path}: not a manifest that guardfold wrote ({error})") from error
+    measured = {path.name for path in folder.glob("*.safetensors")} | {"config.json", GUARD_FILE.as_posix()}
+    for name, found in file_hashes(folder).items():
+        if name in measured and recorded.get(name) != found:
+            raise InputError(f"{folder / name}: is not the file that was measured; guard the original model again")
+    return manifest
+
+
+def extend_manifest(folder: Path, manifest: Mapping[str, Any], verified: bool, figures: Mapping[str, Any]) -> None:
+    """Writes `manifest` into `folder` with more figures, and the hashes of what lies there now."""
+    changed = {
+        **manifest,
+        "verified": verified,
+        "status": _status(verified),
+        "files": file_hashes(folder),
+        "figures": {**manifest["figures"], **figures},
+    }
+    (folder / MANIFEST).write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
+
+
+def _status(verified: bool) -> str:
+    return "VERIFIED" if verified else "NOT VERIFIED"
 
 
 def write_card(folder: Path, source: Source, guard: Guard, ruling: str, verified: bool, measured: str) -> None:

@@ -121,7 +121,7 @@ def _edits(each: Intervention, family: Family, shapes: Mapping[str, Shape]) -> I
     elif isinstance(each, Gate):
         yield from _gate_edits(each, family, shapes)
     else:
-        raise InputError(f"{each.kind}: weights cannot hold it; it runs with hooks only")
+        raise InputError(f"{each.kind}: weights cannot hold it; it runs with hooks, and --format onnx traces it if one pass does")
 
 
 def _project(writer: Writer, shape: Shape, basis: Tensor, strength: float) -> Edit:

@@ -43,6 +43,12 @@ def _parts(evidence: Evidence) -> Iterator[RenderableType]:
             f"equivalence  {_word(equal.passed)}  fold vs hooks {equal.folded:.1e} of the logits' scale{noise}{greedy}"
             + (f"; leak {max(leaks):.1e}" if leaks else "")
         )
+    for each in evidence.runtime.formats if evidence.runtime else ():
+        yield Text(
+            f"onnx {each.precision:<7} {_word(not each.failures)}  on {each.device}: {max(each.prefill, each.decode):.1e} "
+            f"of the logits' scale from torch, {each.greedy:.1%} of {each.greedy_tokens} greedy tokens equal; "
+            f"{each.speed[0]:.0f} tokens/s (torch on cpu {each.speed[1]:.0f})"
+        )
     if evidence.original and evidence.guarded:
         yield _table(evidence)
     if evidence.effects:
