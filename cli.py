@@ -293,7 +293,7 @@ def check(
 
 @app.command()
 def chat(
-    folder: Annotated[Path, typer.Argument(help="A folder written by `guardfold export`, or any model folder.")],
+    model: Annotated[str, typer.Argument(help="A folder written by `guardfold export`. Or: " + MODEL_HELP)],
     prompt: Annotated[str, typer.Argument(help="What to ask.")],
     image: Annotated[Path | None, typer.Option(help="A picture to ask about.")] = None,
     runtime: Annotated[
@@ -310,8 +310,10 @@ def chat(
 
     _quiet_libraries()
 
-    for piece in answer(folder, prompt, image, runtime, onnx_dtype, provider, max_tokens):
+    def say(piece: str) -> None:
         typer.echo(piece, nl=False)
+
+    answer(model, prompt, image, say, runtime=runtime, precision=onnx_dtype, provider=provider, most=max_tokens)
     typer.echo()
 
 

@@ -12,13 +12,13 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import BatchFeature
+from transformers import BatchFeature, GenerationConfig, PreTrainedModel
 
 from ..export.onnx.layout import DECODER, EMBED, FOLDER, GRAPHS, PRECISIONS, VISION, Precision, graph_file
 from ..export.onnx.vision import path_of
 from ..guard.errors import InputError
 from ..guard.prompts import positions
-from ..guard.vlm import meta_model
+from ..guard.vlm import VLM, load_processor, meta_model
 
 Provider = Literal["auto", "cpu", "cuda"]
 PROVIDERS: tuple[Provider, ...] = get_args(Provider)
@@ -65,6 +65,15 @@ class State:
     following: Tensor
 
 
+def _ends(folder: Path, model: PreTrainedModel) -> tuple[list[int], int]:
+    """(tokens that end an answer, the token that fills what is after)."""
+    saved = (folder / "generation_config.json").is_file()
+    config = GenerationConfig.from_pretrained(folder) if saved else model.generation_config
+    ends = config.eos_token_id
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    return ends, config.pad_token_id if config.pad_token_id is not None else next(iter(ends), 0)
+
+
 class Runner:
     """The three graphs of `folder` in one number format, as onnxruntime sessions.
 
@@ -81,6 +90,7 @@ class Runner:
             raise InputError(f"{precision.name} graphs run on {precision.provider} alone; choose another --onnx-dtype")
         self.model = meta_model(folder)
         self.path = path_of(self.model)
+        self.ends, self.pad = _ends(folder, self.model)
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
@@ -124,6 +134,32 @@ class Runner:
             yield chosen
             if left:
                 last, state = self.step(chosen, state)
+
+    @property
+    def vlm(self) -> VLM:
+        """What runs here as other parts know a model: `generate` is ours, everything else has no weights."""
+        self.model.generate = self._generate  # type: ignore[method-assign, assignment]
+        return VLM(self.model, load_processor(self.folder), self.folder)
+
+    @torch.inference_mode()
+    def _generate(self, max_new_tokens: int, streamer: Any = None, do_sample: bool = False, **batch: Tensor) -> Tensor:
+        """[batch, prompt and new tokens], greedy; rows that have ended are padded."""
+        assert not do_sample
+        ids = batch["input_ids"]
+        made, ended = [ids], torch.zeros(len(ids), dtype=torch.bool)
+        if streamer:
+            streamer.put(ids)
+        for chosen in self.tokens(BatchFeature(batch), max_new_tokens):
+            chosen = chosen.masked_fill(ended, self.pad)
+            made.append(chosen[:, None])
+            if streamer:
+                streamer.put(chosen)
+            ended |= torch.isin(chosen, torch.tensor(self.ends))
+            if ended.all():
+                break
+        if streamer:
+            streamer.end()
+        return torch.cat(made, dim=1)
 
     def end_profile(self) -> Path:
         """Where onnxruntime wrote down which node of the decoder ran where, and how long."""
