@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..guard.errors import InputError
 from ..guard.guard import Guard, Intervention
-from ..guard.interventions import NEURONS, Gate, SharedProjection, SublayerProjection
+from ..guard.interventions import NEURONS, Gate, SharedProjection, SublayerProjection, TwoPass
 from .edits import Edit, ProjectColumns, ProjectRows, SetColumns, SetRows
 from .writers import Family, Writer
 
@@ -121,7 +121,8 @@ def _edits(each: Intervention, family: Family, shapes: Mapping[str, Shape]) -> I
     elif isinstance(each, Gate):
         yield from _gate_edits(each, family, shapes)
     else:
-        raise InputError(f"{each.kind}: weights cannot hold it; it runs with hooks, and --format onnx traces it if one pass does")
+        advice = "only hooks run it" if isinstance(each, TwoPass) else "export it with --format onnx, or use another --scope"
+        raise InputError(f"{each.kind}: weights cannot hold it; {advice}")
 
 
 def _project(writer: Writer, shape: Shape, basis: Tensor, strength: float) -> Edit:
