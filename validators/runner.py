@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature, GenerationConfig, PreTrainedModel
 
+from ..export.onnx.decoder import DEEPSTACK
 from ..export.onnx.layout import DECODER, EMBED, FOLDER, GRAPHS, PRECISIONS, VISION, Precision, graph_file
-from ..export.onnx.vision import path_of
+from ..export.onnx.paths import path_of
 from ..guard.errors import InputError
-from ..guard.prompts import positions
 from ..guard.vlm import VLM, load_processor, meta_model
 
 Provider = Literal["auto", "cpu", "cuda"]
@@ -109,19 +109,20 @@ class Runner:
     def prefill(self, batch: BatchFeature, *edges: int) -> tuple[Tensor, State]:
         """(logits [batch, positions, vocabulary], state) of a left-padded batch, computed in pieces that end at
         `edges`, so that all but the first have a past; in one piece by default."""
-        embeds, mask = self._embedded(batch), batch["attention_mask"]
-        where, following = self._positions(batch)
+        mask = batch["attention_mask"]
+        (embeds, deep), (where, following) = self._embedded(batch), self.path.positions(batch)
         cache, pieces = self._empty(len(mask)), []
         for first, last in pairwise((0, *edges, mask.shape[1])):
-            logits, cache = self._decode(embeds[:, first:last], mask[:, :last], where[..., first:last], cache)
+            now = slice(first, last)
+            logits, cache = self._decode(embeds[:, now], deep[:, :, now], mask[:, :last], where[..., now], cache)
             pieces.append(logits)
         return torch.cat(pieces, dim=1), State(cache, mask, following)
 
     def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """(logits [batch, vocabulary], state) after one more token for every row; tokens: [batch]."""
-        (embeds,) = self._run(EMBED, {"input_ids": tokens[:, None]})
+        embeds, deep = self._embedded({"input_ids": tokens[:, None]})
         mask = torch.cat([state.mask, torch.ones_like(state.mask[:, :1])], dim=1)
-        logits, cache = self._decode(embeds, mask, state.following, state.cache)
+        logits, cache = self._decode(embeds, deep, mask, state.following, state.cache)
         return logits[:, -1], State(cache, mask, state.following + 1)
 
     def tokens(self, batch: BatchFeature, count: int, never: Sequence[int] = ()) -> Iterator[Tensor]:
@@ -165,23 +166,23 @@ class Runner:
         """Where onnxruntime wrote down which node of the decoder ran where, and how long."""
         return Path(self.sessions[DECODER].end_profiling())
 
-    def _embedded(self, batch: BatchFeature) -> Tensor:
+    def _embedded(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """inputs_embeds [batch, positions, d] with the pictures in their places, and what the decoder's first layers
+        get of them, [levels, batch, positions, d]."""
         (embeds,) = self._run(EMBED, {"input_ids": batch["input_ids"]})
+        deep = embeds.new_zeros(self.path.levels, *embeds.shape)
         if "pixel_values" not in batch:
-            return embeds
+            return embeds, deep
         names = self.path.outputs
-        results = [dict(zip(names, self._run(VISION, call), strict=True)) for call in self.path.calls(batch)]
+        results = [dict(zip(names, self._run(VISION, call), strict=True)) for call in self.path.calls(BatchFeature(batch))]
         place = batch["input_ids"] == self.model.config.image_token_id
-        features = self.path.tokens(results, batch)
+        features = self.path.tokens(results, BatchFeature(batch))
         if int(place.sum()) != len(features):
             raise InputError(f"the prompt has {int(place.sum())} image tokens, its pictures make {len(features)}")
         embeds[place] = features
-        return embeds
-
-    def _positions(self, batch: BatchFeature) -> tuple[Tensor, Tensor]:
-        """(position_ids of the batch, those of the token after it)."""
-        where = positions(batch) + self.path.first_position
-        return where, where[:, -1:] + 1
+        if self.path.levels:
+            deep[:, place] = torch.cat([each[DEEPSTACK] for each in results], dim=1)
+        return embeds, deep
 
     def _empty(self, count: int) -> dict[str, Any]:
         """A cache of no positions for `count` rows."""
@@ -194,10 +195,13 @@ class Runner:
                 )
         return cache
 
-    def _decode(self, embeds: Tensor, mask: Tensor, where: Tensor, cache: Mapping[str, Any]) -> tuple[Tensor, Any]:
+    def _decode(
+        self, embeds: Tensor, deep: Tensor, mask: Tensor, where: Tensor, cache: Mapping[str, Any]
+    ) -> tuple[Tensor, Any]:
         session = self.sessions[DECODER]
         binding = session.io_binding()
-        for name, tensor in (("inputs_embeds", embeds), ("attention_mask", mask), ("position_ids", where)):
+        inputs = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": where}
+        for name, tensor in (inputs | ({DEEPSTACK: deep} if self.path.levels else {})).items():
             binding.bind_cpu_input(name, np.ascontiguousarray(tensor.numpy()))
         for name, value in cache.items():
             binding.bind_ortvalue_input(name, value)

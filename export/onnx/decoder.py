@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from .trace import Port, Sketch
+
+if TYPE_CHECKING:
+    from .vision import VisionPath
 
 BATCH, SEQUENCE, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
 """transformers.js resolves these, and for an empty cache nothing but batch_size."""
@@ -18,7 +21,7 @@ _B, _S, _P = 2, 3, 5
 
 
 class Embed(nn.Module):
-    """input_ids [batch, positions] -> inputs_embeds [batch, positions, d], float32; unscaled where the model scales."""
+    """input_ids [batch, positions] -> inputs_embeds [batch, positions, d], float32."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -29,24 +32,34 @@ class Embed(nn.Module):
 
 
 class Decoder(nn.Module):
-    """inputs_embeds, mask, positions, past -> logits [batch, positions, vocabulary] in float32, then keys and values."""
+    """Embeddings, mask, positions, past -> logits [batch, positions, vocabulary] in float32, then keys and values."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, path: VisionPath) -> None:
         super().__init__()
-        self.model = model
+        self.path = path
 
     def forward(
-        self, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]
+        self, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor], **deep: Any
     ) -> tuple[Tensor, ...]:
-        out: Any = self.model(
-            inputs_embeds=inputs_embeds.to(self.model.dtype),
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=DynamicCache(list(zip(past[::2], past[1::2], strict=True))),
-            use_cache=True,
-        )
-        present = [each for layer in out.past_key_values.layers for each in (layer.keys, layer.values)]
-        return (out.logits.float(), *present)
+        cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
+        embeds = inputs_embeds.to(self.path.model.dtype)
+        logits = self.path.decode(embeds, attention_mask, position_ids, cache, *deep.values())
+        layers: Any = cache.layers
+        return (logits.float(), *(each for layer in layers for each in (layer.keys, layer.values)))
+
+
+class DeepDecoder(Decoder):
+    """The same with deepstack_features [levels, batch, positions, d], added to the stream after the first layers."""
+
+    def forward(  # type: ignore[override]
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        past: list[Tensor],
+        deepstack_features: Tensor,
+    ) -> tuple[Tensor, ...]:
+        return super().forward(inputs_embeds, attention_mask, position_ids, past, deep=deepstack_features)
 
 
 def embed_sketch(model: PreTrainedModel) -> Sketch:
@@ -59,20 +72,26 @@ def cache_names(which: str, layers: int) -> list[str]:
     return [f"{which}.{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
 
 
-def decoder_sketch(model: PreTrainedModel, position_rows: int | None) -> Sketch:
-    """position_rows: rows of position_ids where they come in several (3 in multimodal rotary positions), else None."""
-    config = model.config.get_text_config()
-    heads = config.num_key_value_heads
+def decoder_sketch(path: VisionPath) -> Sketch:
+    """The decoder of `path`'s model, with the inputs that this path feeds it."""
+    config = path.model.config.get_text_config()
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    past = torch.zeros(_B, heads, _P, size, dtype=model.dtype)
-    rows = () if position_rows is None else (position_rows,)
-    first = len(rows)
+    past = torch.zeros(_B, config.num_key_value_heads, _P, size, dtype=path.model.dtype)
+    rows = () if path.position_rows is None else (path.position_rows,)
+    first, layers = len(rows), config.num_hidden_layers
     inputs: dict[str, Any] = {
         "inputs_embeds": Port(torch.zeros(_B, _S, config.hidden_size), {0: BATCH, 1: SEQUENCE}),
         "attention_mask": Port(torch.ones(_B, _P + _S, dtype=torch.long), {0: BATCH, 1: TOTAL}),
         "position_ids": Port(torch.zeros(*rows, _B, _S, dtype=torch.long), {first: BATCH, first + 1: SEQUENCE}),
-        "past": [Port(past, {0: BATCH, 2: PAST})] * (2 * config.num_hidden_layers),
     }
-    layers = config.num_hidden_layers
-    names = [*list(inputs)[:-1], *cache_names("past_key_values", layers)]
-    return Sketch(Decoder(model), inputs, names, ["logits", *cache_names("present", layers)])
+    names = [*inputs, *cache_names("past_key_values", layers)]
+    inputs["past"] = [Port(past, {0: BATCH, 2: PAST})] * (2 * layers)
+    if path.levels:
+        port = Port(torch.zeros(path.levels, _B, _S, config.hidden_size), {1: BATCH, 2: SEQUENCE})
+        inputs[DEEPSTACK] = port
+        names.append(DEEPSTACK)
+    module = (DeepDecoder if path.levels else Decoder)(path)
+    return Sketch(module, inputs, names, ["logits", *cache_names("present", layers)])
+
+
+DEEPSTACK = "deepstack_features"

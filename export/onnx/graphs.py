@@ -22,7 +22,7 @@ from .decoder import decoder_sketch, embed_sketch
 from .layout import DECODER, EMBED, FOLDER, GRAPHS, PRECISIONS, VISION, Precision, Weights, graph_file
 from .quantize import link_aliases, quantize
 from .trace import faked, need_onnx, trace
-from .vision import path_of
+from .paths import path_of
 from .weights import Binder
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def _traced(checkpoint: Checkpoint, compute: torch.dtype, guard: Guard | None) -
         sketches = {
             VISION: path.sketch(),
             EMBED: embed_sketch(model),
-            DECODER: decoder_sketch(model, path.position_rows),
+            DECODER: decoder_sketch(path),
         }
         graphs = {name: trace(sketch, mode) for name, sketch in track(list(sketches.items()), "tracing")}
     return _Traced(checkpoint, model, graphs, path.unread())

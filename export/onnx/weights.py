@@ -32,8 +32,8 @@ FILE_BYTES = 2**31 - 2**16
 """A browser holds no file larger than this in one piece."""
 
 ALIGNMENT = 64
-MODEL_PREFIX = "model."
-"""Where the wrappers keep the model."""
+MODEL = "model."
+"""Where the traced modules, or what they are made of, keep the model."""
 
 
 @dataclass
@@ -115,9 +115,10 @@ class Binder:
         for name, value in list(graph.graph.initializers.items()):
             if value.const_value is not None:
                 continue
-            disk = self.disk.get(name.removeprefix(MODEL_PREFIX))
+            memory = name.partition(MODEL)[2]
+            disk = self.disk.get(memory)
             if disk is None:
-                raise InputError(f"{self.checkpoint.folder}: no tensor for {name.removeprefix(MODEL_PREFIX)}")
+                raise InputError(f"{self.checkpoint.folder}: no tensor for {memory or name}")
             shape = self.checkpoint.info(disk).shape
             if value.shape is None or tuple(value.shape) != shape:
                 raise InputError(f"{self.checkpoint.folder}: tensor {disk!r} is {list(shape)}, the graph's {value.shape}")
