@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -41,7 +41,7 @@ from .guard.progress import bar
 from .guard.prompts import BUILT_IN_ANCHORS, beside, load_anchors
 from .guard.transcripts import Usage
 from .guard.vlm import VLM, load, mlp_parts, resolve, threads_for
-from .validators.check import Evidence, examine, examine_hooked
+from .validators.check import Evidence, examine, examine_hooked, with_graphs
 from .validators.integrity import Integrity
 from .validators.judge import ModelJudge, PhraseJudge
 from .validators.measures import markdown
@@ -275,10 +275,10 @@ def export_guarded(
                 copy_companions(folder, place)
                 evidence = examine(checkpoint, Checkpoint.open(place), family, guard, edits, asked, decides)
                 _refuse_unsound(evidence, allow_weaker or skip_behaviour)
-            if plan:
-                evidence = replace(evidence, runtime=_graphs(place, folder, stage, plan, guard, formats))
+            if plan and (runtime := _graphs(place, folder, stage, plan, guard, formats)):
+                evidence = with_graphs(evidence, runtime, stage, formats.provider, asked, decides)
         _refuse_unsound(evidence, allow_weaker or skip_behaviour)
-        verified = evidence.ruling == "safer" and not (plan and formats.skip_runtime)
+        verified = evidence.ruling == "safer" and (plan is None or _vouched(evidence.runtime))
         figures = evidence.figures()
         described = {**guard.provenance, "interventions": guard.describe()}
         report = json.dumps({**figures, "guard": described}, indent=2) + "\n"
@@ -288,6 +288,10 @@ def export_guarded(
         write_card(stage, source, guard, evidence.ruling, verified, markdown(figures))
         write_manifest(stage, source, guard, evidence.ruling, verified, figures)
     return Export(target, guard, evidence, verified)
+
+
+def _vouched(runtime: Runtime | None) -> bool:
+    return runtime is not None and runtime.vouched
 
 
 def _target(folder: Path, output: Path | str) -> Path:
@@ -344,7 +348,7 @@ def _add_graphs(
         evidence = Evidence(integrity, None, verdict=verdict, runtime=runtime)
         if runtime and not runtime.passed:
             raise NotSafer(evidence)
-        verified = manifest["verified"] and runtime is not None
+        verified = manifest["verified"] and _vouched(runtime)
         extend_manifest(stage, manifest, verified, {"runtime": runtime and runtime.figures()})
     return Export(target, guard, evidence, verified)
 

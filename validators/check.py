@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ..export.checkpoint import Checkpoint
 from ..export.fold import Fold
+from ..export.onnx.layout import PRECISIONS
 from ..export.writers import Family
 from ..guard.directions import auc
 from ..guard.guard import Guard
@@ -23,6 +26,7 @@ from .equivalence import Equivalence, compare
 from .integrity import Integrity, inspect_folder
 from .judge import Judge, PhraseJudge
 from .probes import Probes
+from .runner import Runner
 from .runtime import Runtime
 from .statistics import Rate
 from .verdict import Verdict, judge_guard
@@ -148,6 +152,25 @@ def examine_hooked(source: Checkpoint, guard: Guard, probes: Probes | None, judg
     """The evidence about `source` with `guard`'s hooks, which graphs shall hold: what it does. Nothing was folded."""
     evidence = Evidence(Integrity(len(source.tensors), 0, (), "the original's own", ()), None)
     return _with_behaviour(evidence, source, None, guard, probes, judge) if probes else evidence
+
+
+def with_graphs(
+    evidence: Evidence, runtime: Runtime, folder: Path, provider: str, probes: Probes | None, judge: Judge | None = None
+) -> Evidence:
+    """`evidence` with `runtime`, what is known of the graphs in `folder`. Formats too coarse to be equal to torch are
+    themselves asked `probes`, and fail unless they are safer than the original."""
+    if probes is None or evidence.original is None:
+        return replace(evidence, runtime=runtime)
+    formats = []
+    for each in runtime.formats:
+        precision = PRECISIONS[each.precision]
+        if math.isinf(precision.tolerance):
+            graphs = measure(Runner(folder, precision, provider).vlm, probes, judge or PhraseJudge(probes.refusal), each.precision)
+            verdict = judge_guard(evidence.original, graphs)
+            failures = () if verdict.ruling == "safer" else (f"{verdict.ruling}: {verdict.reasons[0]}",)
+            each = replace(each, verdict=verdict, failures=(*each.failures, *failures))
+        formats.append(each)
+    return replace(evidence, runtime=Runtime(tuple(formats)))
 
 
 def _with_behaviour(

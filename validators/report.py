@@ -48,6 +48,7 @@ def _parts(evidence: Evidence) -> Iterator[RenderableType]:
             f"onnx {each.precision:<7} {_word(not each.failures)}  on {each.device}: {max(each.prefill, each.decode):.1e} "
             f"of the logits' scale from torch, {each.greedy:.1%} of {each.greedy_tokens} greedy tokens equal; "
             f"{each.speed[0]:.0f} tokens/s (torch on cpu {each.speed[1]:.0f})"
+            + (f"; itself {each.verdict.ruling}" if each.verdict else "")
         )
     if evidence.original and evidence.guarded:
         yield _table(evidence)

@@ -6,6 +6,7 @@ prefill in two pieces (so that many tokens meet a past), and how fast both run.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -18,7 +19,7 @@ from torch import Tensor
 from transformers import BatchFeature, PreTrainedModel
 
 from ..export.onnx.graphs import Plan
-from ..export.onnx.layout import Precision
+from ..export.onnx.layout import PRECISIONS, Precision
 from ..export.onnx.paths import PATHS
 from ..guard.errors import InputError
 from ..guard.guard import Guard
@@ -30,10 +31,9 @@ from ..guard.states import forward
 from ..guard.vlm import VLM, load, load_processor
 from .batches import TEXTS, comparison_batches
 from .runner import Runner
+from .verdict import Verdict
 
 GREEDY_TOKENS = 32
-SMALLEST_SCALE = 10.0
-"""Logits smaller than this are held to the tolerance of this scale: float32 noise has a floor."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,8 @@ class Agreement:
     greedy: float
     greedy_tokens: int
     speed: tuple[float, float]
+    verdict: Verdict | None = None
+    """How these graphs themselves behave, where they are too coarse to be called equal."""
     failures: tuple[str, ...] = ()
 
 
@@ -93,6 +95,13 @@ class Runtime:
 
     def figures(self) -> dict[str, Any]:
         return {**asdict(self), "passed": self.passed}
+
+    @property
+    def vouched(self) -> bool:
+        """Whether every format is equal to torch, or was itself shown to be safer."""
+        return self.passed and all(
+            each.verdict is not None or not math.isinf(PRECISIONS[each.precision].tolerance) for each in self.formats
+        )
 
 
 def comparison(model: PreTrainedModel, folder: Path) -> Batches:
@@ -175,11 +184,10 @@ def agreement(runner: Runner, batches: Batches, reference: Reference, hooked: Re
 
 
 def _failures(found: Agreement, precision: Precision) -> list[str]:
-    limit = precision.tolerance * max(1.0, SMALLEST_SCALE / found.scale)
     failures = [
-        f"{what} logits differ from torch by {value:.1e} of their scale (limit {limit:.0e})"
+        f"{what} logits differ from torch by {value:.1e} of their scale (limit {precision.tolerance:.0e})"
         for what, value in (("prefill", found.prefill), ("decode", found.decode), ("split prefill", found.pieces))
-        if value is not None and not value <= limit
+        if value is not None and not value <= precision.tolerance
     ]
     if precision.exact and found.greedy < 1:
         failures.append(f"only {found.greedy:.1%} of {found.greedy_tokens} greedy tokens equal torch's")
@@ -192,17 +200,23 @@ def check_graphs(folder: Path, plan: Plan, weights: Path, original: Path | None,
     original: the folder that `guard` was folded for, to be compared with hooks as well.  Where the guard is traced,
     `weights` are the original's, and torch gets the hooks.  Raises InputError if a graph does not load or run.
     """
-    reference = _reference(weights, plan.traced)
+    rounded = {
+        stored: _reference(weights, plan.traced, stored)
+        for stored in dict.fromkeys(precision.stored for precision in plan.precisions)
+    }
     hooked = _reference(original, guard) if original and not plan.traced else None
     found = []
     for precision in track(plan.precisions, "onnxruntime"):
         runner = Runner(folder, precision, provider)
-        found.append(agreement(runner, comparison(runner.model, folder), reference, hooked))
+        found.append(agreement(runner, comparison(runner.model, folder), rounded[precision.stored], hooked))
     return Runtime(tuple(found))
 
 
-def _reference(folder: Path, guard: Guard | None) -> Reference:
+def _reference(folder: Path, guard: Guard | None, stored: torch.dtype = torch.float32) -> Reference:
+    """What the model in `folder`, its weights rounded to `stored`, says in torch, computing in float32."""
     model = load(folder, "cpu", torch.float32).model
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(stored).float()
     return observe(model, comparison(model, folder), guard)
 
 

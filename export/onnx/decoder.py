@@ -76,7 +76,8 @@ def decoder_sketch(path: VisionPath) -> Sketch:
     """The decoder of `path`'s model, with the inputs that this path feeds it."""
     config = path.model.config.get_text_config()
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    past = torch.zeros(_B, config.num_key_value_heads, _P, size, dtype=path.model.dtype)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    past = torch.zeros(_B, heads, _P, size, dtype=path.model.dtype)
     rows = () if path.position_rows is None else (path.position_rows,)
     first, layers = len(rows), config.num_hidden_layers
     inputs: dict[str, Any] = {

@@ -6,7 +6,7 @@ import tempfile
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import torch
 from transformers import PreTrainedModel
@@ -62,7 +62,7 @@ def write_graphs(checkpoint: Checkpoint, target: Path, plan: Plan) -> None:
     files: dict[str, int] = {}
     plain = [each for each in plan.precisions if not each.bits]
     for compute in dict.fromkeys(each.compute for each in plain):
-        traced = _traced(checkpoint, compute, plan.traced)
+        traced = Traced.of(checkpoint, compute, plan.traced)
         for precision in (each for each in plain if each.compute == compute):
             files |= traced.write(precision, place, plan.weights)
     if any(each.bits for each in plan.precisions):
@@ -71,13 +71,25 @@ def write_graphs(checkpoint: Checkpoint, target: Path, plan: Plan) -> None:
 
 
 @dataclass(frozen=True)
-class _Traced:
-    """The three graphs in one compute dtype, without weights."""
+class Traced:
+    """The three graphs in one compute dtype, without weights. unread: prefixes of parameters that none of them needs."""
 
     checkpoint: Checkpoint
     model: PreTrainedModel
     graphs: dict[str, ir.Model]
     unread: tuple[str, ...]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, compute: torch.dtype, guard: Guard | None) -> Self:
+        """The graphs of `checkpoint`'s model computing in `compute`, with `guard`'s hooks if there is one."""
+        model = meta_model(checkpoint.folder)
+        model.set_attn_implementation("eager")
+        path = path_of(model)
+        mode = faked(model, compute)
+        with attached(model, guard) if guard else nullcontext():
+            sketches = {VISION: path.sketch(), EMBED: embed_sketch(model), DECODER: decoder_sketch(path)}
+            graphs = {name: trace(sketch, mode) for name, sketch in track(list(sketches.items()), "tracing")}
+        return cls(checkpoint, model, graphs, path.unread())
 
     def write(self, precision: Precision, place: Path, weights: Weights) -> dict[str, int]:
         """Writes the three into `place`. Returns file name -> number of data files, for those that have some."""
@@ -95,21 +107,6 @@ class _Traced:
         return files
 
 
-def _traced(checkpoint: Checkpoint, compute: torch.dtype, guard: Guard | None) -> _Traced:
-    model = meta_model(checkpoint.folder)
-    model.set_attn_implementation("eager")
-    path = path_of(model)
-    mode = faked(model, compute)
-    with attached(model, guard) if guard else nullcontext():
-        sketches = {
-            VISION: path.sketch(),
-            EMBED: embed_sketch(model),
-            DECODER: decoder_sketch(path),
-        }
-        graphs = {name: trace(sketch, mode) for name, sketch in track(list(sketches.items()), "tracing")}
-    return _Traced(checkpoint, model, graphs, path.unread())
-
-
 def _quantised(checkpoint: Checkpoint, place: Path, plan: Plan) -> dict[str, int]:
     """The graphs in every quantised format, made from the float32 ones; those are written aside where not asked for."""
     files: dict[str, int] = {}
@@ -117,7 +114,7 @@ def _quantised(checkpoint: Checkpoint, place: Path, plan: Plan) -> dict[str, int
         whole = PRECISIONS["fp32"]
         source = place if whole in plan.precisions else Path(scratch)
         if source != place:
-            _traced(checkpoint, whole.compute, plan.traced).write(whole, source, "copy")
+            Traced.of(checkpoint, whole.compute, plan.traced).write(whole, source, "copy")
         for precision in (each for each in plan.precisions if each.bits):
             for graph in GRAPHS:
                 target = place / graph_file(graph, precision)

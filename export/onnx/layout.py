@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import Literal, get_args
 
 import torch
@@ -22,7 +23,8 @@ WEIGHTS: tuple[Weights, ...] = get_args(Weights)
 class Precision:
     """One number format: what the graph computes in, what its weights are stored as, and how true it must stay.
 
-    tolerance: largest |logit - torch's float32 logit| / scale.  exact: whether greedy tokens must be torch's as well.
+    tolerance: largest |logit - torch's| / scale, torch computing in float32 with weights rounded to `stored`; inf where
+    only behaviour can tell.  exact: whether greedy tokens must be torch's as well.
     bits: of weights quantised in blocks; None where they are stored as they are.  provider: where alone it runs.
     aliases: further suffixes under which clients look for the same file.
     """
@@ -41,12 +43,12 @@ class Precision:
 PRECISIONS = {
     each.name: each
     for each in (
-        Precision("fp32", "", torch.float32, torch.float32, 1e-5, exact=True),
+        Precision("fp32", "", torch.float32, torch.float32, 3e-5, exact=True),
         Precision("fp16", "_fp16", torch.float16, torch.float16, 2e-2),
-        Precision("bf16", "_bf16", torch.float32, torch.bfloat16, 2e-2),
+        Precision("bf16", "_bf16", torch.float32, torch.bfloat16, 3e-5, exact=True),
         Precision("bf16-native", "_bf16_native", torch.bfloat16, torch.bfloat16, 1e-1, provider="cuda"),
-        Precision("q8", "_q8", torch.float32, torch.float32, 5e-2, bits=8, aliases=("_quantized",)),
-        Precision("q4", "_q4", torch.float32, torch.float32, 5e-1, bits=4),
+        Precision("q8", "_q8", torch.float32, torch.float32, inf, bits=8, aliases=("_quantized",)),
+        Precision("q4", "_q4", torch.float32, torch.float32, inf, bits=4),
     )
 }
 
