@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..guard.errors import InputError
 from ..guard.guard import Guard
 from .onnx.graphs import Plan
-from .onnx.layout import Weights, precisions
+from .onnx.layout import PROVIDERS, Weights, precisions
 
 FORMATS = ("safetensors", "onnx")
 
@@ -30,6 +30,9 @@ class Formats:
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.names.split(",")) - set(FORMATS)):
             raise InputError(f"--format {unknown[0]!r}: one or both of {','.join(FORMATS)}")
+        precisions(self.onnx_dtype)
+        if self.provider not in PROVIDERS:
+            raise InputError(f"--provider {self.provider}: one of {', '.join(PROVIDERS)}")
         if self.onnx_weights == "shared" and not (self.has("safetensors") and self.has("onnx")):
             raise InputError("--onnx-weights shared: shares them with safetensors; use --format safetensors,onnx")
 

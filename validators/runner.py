@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,13 +15,11 @@ from torch import Tensor
 from transformers import BatchFeature, GenerationConfig, PreTrainedModel
 
 from ..export.onnx.decoder import DEEPSTACK
-from ..export.onnx.layout import DECODER, EMBED, FOLDER, GRAPHS, PRECISIONS, VISION, Precision, graph_file
+from ..export.onnx.layout import DECODER, EMBED, FOLDER, GRAPHS, PRECISIONS, PROVIDERS, VISION, Precision, graph_file
 from ..export.onnx.paths import path_of
 from ..guard.errors import InputError
 from ..guard.vlm import VLM, load_processor, meta_model
 
-Provider = Literal["auto", "cpu", "cuda"]
-PROVIDERS: tuple[Provider, ...] = get_args(Provider)
 PAST, PRESENT = "past_key_values", "present"
 
 

@@ -19,6 +19,10 @@ Weights = Literal["copy", "shared"]
 WEIGHTS: tuple[Weights, ...] = get_args(Weights)
 
 
+Provider = Literal["auto", "cpu", "cuda"]
+PROVIDERS: tuple[Provider, ...] = get_args(Provider)
+
+
 @dataclass(frozen=True)
 class Precision:
     """One number format: what the graph computes in, what its weights are stored as, and how true it must stay.

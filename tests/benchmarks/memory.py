@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -26,9 +27,8 @@ from guardfold.guard.interventions import SharedProjection, SublayerProjection
 SHARD_BYTES = 1.6e9
 
 
-def make(folder: Path, layers: int) -> int:
-    """Writes the checkpoint, shard by shard, in the hub's key style; returns its size in bytes."""
-    folder.mkdir()
+def shape(layers: int) -> Any:
+    """The config of a LLaVA-1.5 with `layers` decoder layers."""
     text = {
         "model_type": "llama",
         "vocab_size": 32064,
@@ -46,7 +46,7 @@ def make(folder: Path, layers: int) -> int:
         image_size=336,
         patch_size=14,
     )
-    config = AutoConfig.for_model(
+    return AutoConfig.for_model(
         "llava",
         text_config=text,
         vision_config=vision.to_dict(),
@@ -56,6 +56,12 @@ def make(folder: Path, layers: int) -> int:
         tie_word_embeddings=False,
         architectures=["LlavaForConditionalGeneration"],
     )
+
+
+def make(folder: Path, layers: int) -> int:
+    """Writes the checkpoint, shard by shard, in the hub's key style; returns its size in bytes."""
+    folder.mkdir()
+    config = shape(layers)
     config.save_pretrained(folder)
     with init_empty_weights():
         model = AutoModelForImageTextToText.from_config(config)
@@ -71,7 +77,7 @@ def make(folder: Path, layers: int) -> int:
 
     for name, parameter in model.named_parameters():
         tensor = torch.ones(parameter.shape, dtype=torch.bfloat16)
-        shard[_legacy(name)] = tensor.normal_(0, 0.02) if parameter.ndim > 1 else tensor
+        shard[legacy(name)] = tensor.normal_(0, 0.02) if parameter.ndim > 1 else tensor
         total += 2 * tensor.numel()
         if sum(2 * each.numel() for each in shard.values()) > SHARD_BYTES:
             flush()
@@ -81,7 +87,7 @@ def make(folder: Path, layers: int) -> int:
     return total
 
 
-def _legacy(name: str) -> str:
+def legacy(name: str) -> str:
     name = name.removeprefix("model.")
     if name.startswith("language_model."):
         return "language_model.model." + name.removeprefix("language_model.")
