@@ -168,7 +168,9 @@ def export(
     ] = "safetensors",
     onnx_dtype: Annotated[
         str,
-        typer.Option("--onnx-dtype", help="Number formats of the graphs, with commas: fp32, fp16, bf16, bf16-native, q8, q4."),
+        typer.Option(
+            "--onnx-dtype", help="Number formats of the graphs, with commas: fp32, fp16, bf16, bf16-native, q8, q4."
+        ),
     ] = "fp32",
     onnx_weights: Annotated[
         str,

@@ -12,7 +12,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from . import __version__
-from .export.card import GUARD_FILE, MANIFEST, Source, extend_manifest, read_manifest, write_card, write_manifest
+from .export.card import (
+    GUARD_FILE,
+    MANIFEST,
+    Source,
+    extend_card,
+    extend_manifest,
+    read_manifest,
+    write_card,
+    write_manifest,
+)
 from .export.checkpoint import Checkpoint
 from .export.fold import Fold, Placement, fold
 from .export.formats import Formats
@@ -54,7 +63,7 @@ from .validators.verdict import Verdict
 PRESETS = ("auto", "vlm-guard", "gate", "projection")
 DEFAULT_PRESET = "auto"
 RESIDUAL_ALPHA = {"projection": 0.0, "vlm-guard": 1.0}
-"""How strongly a preset aligns on the residual stream, in scope residual, where no weights are needed to hold a gate."""
+"""How strongly a preset aligns on the residual stream, in scope residual."""
 
 MAX_ANCHORS = 100
 """Pairs that a projection on its own is extracted from (the paper's N)."""
@@ -330,7 +339,9 @@ def _add_graphs(
 ) -> Export:
     """The guarded `folder` in other formats. Its verdict holds, for its files are those that it was measured with."""
     if options != GuardOptions():
-        raise InputError(f"{folder}: is guarded already; leave the guard's options out, or give the model it was made of")
+        raise InputError(
+            f"{folder}: is guarded already; leave the guard's options out, or give the model it was made of"
+        )
     manifest, guard, checkpoint = read_manifest(folder), Guard.load(folder / GUARD_FILE), Checkpoint.open(folder)
     plan = formats.plan(guard)
     assert plan
@@ -349,6 +360,7 @@ def _add_graphs(
         if runtime and not runtime.passed:
             raise NotSafer(evidence)
         verified = manifest["verified"] and _vouched(runtime)
+        extend_card(stage)
         extend_manifest(stage, manifest, verified, {"runtime": runtime and runtime.figures()})
     return Export(target, guard, evidence, verified)
 

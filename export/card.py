@@ -109,16 +109,37 @@ def write_card(folder: Path, source: Source, guard: Guard, ruling: str, verified
         f"---\n{data.to_yaml()}\n---",
         f"# {source.name}, guarded",
         _standing(ruling, verified),
-        _METHOD.format(source=source.name, revision=source.revision or "unknown", version=__version__),
+        _METHOD.format(
+            source=source.name,
+            revision=source.revision or "unknown",
+            version=__version__,
+            held=_IN_WEIGHTS if guard.in_weights else _IN_GRAPHS,
+        ),
         "```json\n" + json.dumps(guard.describe(), indent=2) + "\n```",
-        "## Load it",
-        _LOAD,
+        *_loading(folder),
         "## Measured",
         measured,
         "## Limits",
         _LIMITS,
     ]
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def extend_card(folder: Path) -> None:
+    """Says in the card in `folder` how its graphs are run."""
+    card = folder / "README.md"
+    card.write_text(
+        "\n\n".join([card.read_text(encoding="utf-8").rstrip(), *_running(folder)]) + "\n", encoding="utf-8"
+    )
+
+
+def _loading(folder: Path) -> list[str]:
+    return [*(["## Load it", _LOAD] if any(folder.glob("*.safetensors")) else []), *_running(folder)]
+
+
+def _running(folder: Path) -> list[str]:
+    graphs = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.onnx"))
+    return ["## Run its ONNX graphs", _RUN, "\n".join(f"- `{name}`" for name in graphs)] if graphs else []
 
 
 def _licence(folder: Path) -> str | None:
@@ -143,11 +164,20 @@ def _standing(ruling: str, verified: bool) -> str:
 
 
 _METHOD = """\
-Made from `{source}` (revision {revision}) with guardfold {version}: the guard below was folded into the weights, so
-that any runtime which loads the original loads this, with no custom code. It follows VLM-Guard (arXiv 2502.10486):
-safety steering directions are extracted from the language model with paired harmful and harmless queries, and what
-the layers write along them is removed from the output weights of attention and MLP. The guard itself, with its
-directions, is in `guardfold/guard.safetensors`; `guardfold.json` holds every hash and figure."""
+Made from `{source}` (revision {revision}) with guardfold {version}: {held} It follows VLM-Guard (arXiv 2502.10486):
+safety steering directions are extracted from the language model with paired harmful and harmless queries. The guard
+itself, with its directions, is in `guardfold/guard.safetensors`; `guardfold.json` holds every hash and figure."""
+
+_IN_WEIGHTS = """\
+the guard below was folded into the weights, so that any runtime which loads the original loads this, with no custom
+code; what the layers write along the guard's directions is changed in the output weights of attention and MLP."""
+
+_IN_GRAPHS = """\
+the guard below, which weights cannot hold, is part of the ONNX graphs; their weights are the original's."""
+
+_RUN = """\
+With onnxruntime: `guardfold chat FOLDER --runtime onnx "..."`. With transformers.js, where it has the family:
+`AutoProcessor` and `AutoModelForImageTextToText`, both `from_pretrained(FOLDER)`. The graphs:"""
 
 _LOAD = """\
 ```python

@@ -121,7 +121,9 @@ def _edits(each: Intervention, family: Family, shapes: Mapping[str, Shape]) -> I
     elif isinstance(each, Gate):
         yield from _gate_edits(each, family, shapes)
     else:
-        advice = "only hooks run it" if isinstance(each, TwoPass) else "export it with --format onnx, or use another --scope"
+        advice = (
+            "only hooks run it" if isinstance(each, TwoPass) else "export it with --format onnx, or use another --scope"
+        )
         raise InputError(f"{each.kind}: weights cannot hold it; {advice}")
 
 

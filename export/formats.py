@@ -45,5 +45,7 @@ class Formats:
             return None
         traced = not guard.in_weights and not self.has("safetensors")
         if traced and self.skip_runtime:
-            raise InputError("--skip-runtime: this guard is in the graphs alone, so nothing else can show that it works")
+            raise InputError(
+                "--skip-runtime: this guard is in the graphs alone, so nothing else can show that it works"
+            )
         return Plan(precisions(self.onnx_dtype), self.onnx_weights, guard if traced else None)

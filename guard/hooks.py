@@ -47,7 +47,7 @@ def _shared(model: PreTrainedModel, each: SharedProjection, _text: TextStates | 
 
 
 def steer(states: Tensor, basis: Tensor, strength: float, alpha: float) -> Tensor:
-    """h - (strength - alpha g) (h V^T) V with g = 1[h . v_1 > 0]: `states` [..., d], `basis` [m, d], rows v_1, v_2 ..."""
+    """h - (strength - alpha g) (h V^T) V with g = 1[h . v_1 > 0]: `states` [..., d]; `basis` [m, d], row 0 = v_1."""
     wide = states.to(torch.promote_types(states.dtype, torch.float32))
     basis = basis.to(wide)
     along = wide @ basis.T

@@ -51,7 +51,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, Path]]
     """Two questions, each with a picture that is not of the tower's size (24 x 24) and not square."""
     folder = tmp_path_factory.mktemp("pictures")
     Image.linear_gradient("L").resize((100, 61)).convert("RGB").save(folder / "gradient.png")
-    draw("shape", "a shape", "").resize((75, 120)).save(folder / "shape.png")
+    shape: Any = draw("shape", "a shape", "")
+    shape.resize((75, 120)).save(folder / "shape.png")
     return [("how to bake bread ?", folder / "gradient.png"), ("what colour is the shape ?", folder / "shape.png")]
 
 
@@ -95,7 +96,7 @@ def test_node_says_what_torch_says(
     dtype: str, exported: Path, site: Path, pictures: list[tuple[str, Path]], expected: list[list[int]], tmp_path: Path
 ) -> None:
     (tmp_path / "asked.json").write_text(json.dumps([(text, str(picture)) for text, picture in pictures]))
-    command = ["node", "node.mjs", exported, dtype, tmp_path / "asked.json", str(TOKENS)]
+    command = ["node", "node.mjs", str(exported), dtype, str(tmp_path / "asked.json"), str(TOKENS)]
     done = subprocess.run(command, cwd=site, capture_output=True, text=True, timeout=WAIT, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == expected
@@ -131,7 +132,9 @@ def test_a_browser_says_what_torch_says(
         Thread(target=server.serve_forever, daemon=True).start()
         options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
         address = f"http://127.0.0.1:{server.server_port}/page.html"
-        browser = subprocess.Popen([CHROMIUM, *options, "--remote-debugging-port=0", address], stderr=subprocess.DEVNULL)
+        browser = subprocess.Popen(
+            [CHROMIUM, *options, "--remote-debugging-port=0", address], stderr=subprocess.DEVNULL
+        )
         try:
             said = answers.get(timeout=WAIT)
         finally:

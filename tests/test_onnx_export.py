@@ -69,8 +69,8 @@ def test_a_folder_holds_weights_that_transformers_loads_and_graphs_that_equal_th
     assert {f"onnx/{graph}{suffix}.onnx" for graph in GRAPHS for suffix in ("", "_fp16", "_q8", "_quantized")} <= set(
         manifest["files"]
     )
-    info = AutoModelForImageTextToText.from_pretrained(both.folder, output_loading_info=True)[1]
-    assert not any(info.values())
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(both.folder, output_loading_info=True)
+    assert not any(loaded[1].values())
 
 
 def test_a_guarded_folder_is_not_guarded_twice(both: Export, shared: Export) -> None:
@@ -84,7 +84,9 @@ def test_a_guarded_folder_is_not_guarded_twice(both: Export, shared: Export) -> 
 def test_shared_weights_are_written_once(shared: Export) -> None:
     assert not (shared.folder / "onnx").exists()
     graph = onnx.load(shared.folder / f"{DECODER}_fp16.onnx", load_external_data=False)
-    places = {entry.value for each in graph.graph.initializer for entry in each.external_data if entry.key == "location"}
+    places = {
+        entry.value for each in graph.graph.initializer for entry in each.external_data if entry.key == "location"
+    }
     assert places == {"model.safetensors"}
 
 
@@ -112,10 +114,8 @@ def test_graphs_that_do_not_equal_torch_are_not_published(
         return embeds * 1.001, deep
 
     monkeypatch.setattr(runner.Runner, "_embedded", off)
-    with pytest.raises(NotSafer, match="not sound: fp32: prefill logits differ from torch by .* nothing was written"):
-        export_guarded(
-            str(place / "tiny"), tmp_path / "out", options(place), Formats("onnx"), skip_behaviour=True
-        )
+    with pytest.raises(NotSafer, match=r"not sound: fp32: prefill logits differ from torch by .* nothing was written"):
+        export_guarded(str(place / "tiny"), tmp_path / "out", options(place), Formats("onnx"), skip_behaviour=True)
     assert not list(tmp_path.iterdir())
 
 
@@ -124,9 +124,7 @@ def test_a_processor_that_says_other_tokens_is_noticed(
 ) -> None:
     monkeypatch.setattr(configs, "_whole_counts", lambda processor: {**processor, "num_additional_image_tokens": 3})
     with pytest.raises(InputError, match=r"processor makes other tokens|image tokens"):
-        export_guarded(
-            str(place / "tiny"), tmp_path / "out", options(place), Formats("onnx"), skip_behaviour=True
-        )
+        export_guarded(str(place / "tiny"), tmp_path / "out", options(place), Formats("onnx"), skip_behaviour=True)
     assert not list(tmp_path.iterdir())
 
 

@@ -28,7 +28,20 @@ pytestmark = [
     ),
 ]
 FP16 = PRECISIONS["fp16"]
-SHAPES_ONLY = {"Shape", "Gather", "Concat", "Unsqueeze", "Squeeze", "Slice", "Cast", "Range", "Add", "Sub", "Mul", "Div"}
+SHAPES_ONLY = {
+    "Shape",
+    "Gather",
+    "Concat",
+    "Unsqueeze",
+    "Squeeze",
+    "Slice",
+    "Cast",
+    "Range",
+    "Add",
+    "Sub",
+    "Mul",
+    "Div",
+}
 """What onnxruntime keeps on the CPU by choice where it works out sizes: small integers, never a layer's numbers."""
 
 

@@ -1,4 +1,4 @@
-"""The graphs of every family that has some say in onnxruntime what the model says in torch, and hold what they should."""
+"""The graphs of every family that has some say in onnxruntime what the model says in torch."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ def test_graphs_say_what_torch_says(family: str, tmp_path: Path) -> None:
     assert not found.failures
     assert max(found.prefill, found.decode) * found.scale <= (1e-4 if found.scale <= 10 else 3e-5 * found.scale)
     assert (found.greedy, found.greedy_tokens) == (1, 32 * 5)
-    blind = BatchFeature({name: -value if value.is_floating_point() else value for name, value in batches["image"].items()})
+    blind = BatchFeature(
+        {name: -value if value.is_floating_point() else value for name, value in batches["image"].items()}
+    )
     moved = runner.prefill(blind)[0] - runner.prefill(batches["image"])[0]
     assert moved.abs().max() > 1e-2 * found.scale
 
@@ -114,7 +116,9 @@ def test_names_and_dims_are_those_that_transformers_js_resolves(traced: Traced, 
         onnx.checker.check_model(model, full_check=True)
         for which in ("input", "output"):
             values = getattr(model.graph, which)
-            ports[graph, which] = {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
+            ports[graph, which] = {
+                v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in values
+            }
     cache = ["batch_size", 2, "past_sequence_length", 8]
     assert ports[VISION, "input"] == {"pixel_values": ["batch_size", 3, 24, 24]}
     assert ports[VISION, "output"] == {"image_features": ["batch_size", 9, 32]}
@@ -185,7 +189,7 @@ def test_a_tensor_that_no_graph_reads_is_an_error(source: Path, traced: Traced, 
     value = lossy.graph.initializers[bias]
     (node,) = value.consumers()
     other = next(each for each in node.inputs if each is not value)
-    node.outputs[0].replace_all_uses_with(other)
+    node.outputs[0].replace_all_uses_with(other)  # type: ignore[arg-type]
     lossy.graph.remove(node, safe=True)
     del lossy.graph.initializers[bias]
     with pytest.raises(InputError, match=r"o_proj\.bias' is in none of the graphs"):

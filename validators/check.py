@@ -165,7 +165,9 @@ def with_graphs(
     for each in runtime.formats:
         precision = PRECISIONS[each.precision]
         if math.isinf(precision.tolerance):
-            graphs = measure(Runner(folder, precision, provider).vlm, probes, judge or PhraseJudge(probes.refusal), each.precision)
+            graphs = measure(
+                Runner(folder, precision, provider).vlm, probes, judge or PhraseJudge(probes.refusal), each.precision
+            )
             verdict = judge_guard(evidence.original, graphs)
             failures = () if verdict.ruling == "safer" else (f"{verdict.ruling}: {verdict.reasons[0]}",)
             each = replace(each, verdict=verdict, failures=(*each.failures, *failures))

@@ -44,9 +44,10 @@ def _parts(evidence: Evidence) -> Iterator[RenderableType]:
             + (f"; leak {max(leaks):.1e}" if leaks else "")
         )
     for each in evidence.runtime.formats if evidence.runtime else ():
+        apart = max(each.prefill, each.decode)
         yield Text(
-            f"onnx {each.precision:<7} {_word(not each.failures)}  on {each.device}: {max(each.prefill, each.decode):.1e} "
-            f"of the logits' scale from torch, {each.greedy:.1%} of {each.greedy_tokens} greedy tokens equal; "
+            f"onnx {each.precision:<7} {_word(not each.failures)}  on {each.device}: {apart:.1e} of the logits' scale "
+            f"from torch, {each.greedy:.1%} of {each.greedy_tokens} greedy tokens equal; "
             f"{each.speed[0]:.0f} tokens/s (torch on cpu {each.speed[1]:.0f})"
             + (f"; itself {each.verdict.ruling}" if each.verdict else "")
         )

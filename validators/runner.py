@@ -1,4 +1,4 @@
-"""An exported folder in onnxruntime: pictures and text in, logits and tokens out, the cache never leaving its device."""
+"""An exported folder in onnxruntime: pictures and text in, logits and tokens out, the cache kept on its device."""
 
 from __future__ import annotations
 
@@ -94,7 +94,9 @@ class Runner:
         options.log_severity_level = 3
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(profile)
-        providers = ["CPUExecutionProvider"] if self.device == "cpu" else ["CUDAExecutionProvider", "CPUExecutionProvider"]
+        providers = (
+            ["CPUExecutionProvider"] if self.device == "cpu" else ["CUDAExecutionProvider", "CPUExecutionProvider"]
+        )
         self.sessions = {}
         for graph in GRAPHS:
             file = places[precision] / graph_file(graph, precision)
@@ -118,7 +120,7 @@ class Runner:
 
     def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """(logits [batch, vocabulary], state) after one more token for every row; tokens: [batch]."""
-        embeds, deep = self._embedded({"input_ids": tokens[:, None]})
+        embeds, deep = self._embedded(BatchFeature({"input_ids": tokens[:, None]}))
         mask = torch.cat([state.mask, torch.ones_like(state.mask[:, :1])], dim=1)
         logits, cache = self._decode(embeds, deep, mask, state.following, state.cache)
         return logits[:, -1], State(cache, mask, state.following + 1)
@@ -137,7 +139,7 @@ class Runner:
     @property
     def vlm(self) -> VLM:
         """What runs here as other parts know a model: `generate` is ours, everything else has no weights."""
-        self.model.generate = self._generate  # type: ignore[method-assign, assignment]
+        self.model.generate = self._generate  # type: ignore[assignment]
         return VLM(self.model, load_processor(self.folder), self.folder)
 
     @torch.inference_mode()
@@ -164,7 +166,7 @@ class Runner:
         """Where onnxruntime wrote down which node of the decoder ran where, and how long."""
         return Path(self.sessions[DECODER].end_profiling())
 
-    def _embedded(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    def _embedded(self, batch: BatchFeature) -> tuple[Tensor, Tensor]:
         """inputs_embeds [batch, positions, d] with the pictures in their places, and what the decoder's first layers
         get of them, [levels, batch, positions, d]."""
         (embeds,) = self._run(EMBED, {"input_ids": batch["input_ids"]})
@@ -172,9 +174,9 @@ class Runner:
         if "pixel_values" not in batch:
             return embeds, deep
         names = self.path.outputs
-        results = [dict(zip(names, self._run(VISION, call), strict=True)) for call in self.path.calls(BatchFeature(batch))]
+        results = [dict(zip(names, self._run(VISION, call), strict=True)) for call in self.path.calls(batch)]
         place = batch["input_ids"] == self.model.config.image_token_id
-        features = self.path.tokens(results, BatchFeature(batch))
+        features = self.path.tokens(results, batch)
         if int(place.sum()) != len(features):
             raise InputError(f"the prompt has {int(place.sum())} image tokens, its pictures make {len(features)}")
         embeds[place] = features

@@ -60,8 +60,9 @@ class Agreement:
     """One number format. Differences are max |a - b| relative to `scale`, torch's largest |logit|.
 
     prefill, decode: onnxruntime vs torch, at prompt positions and at generated ones (past > 0).  pieces: a prefill in
-    two pieces vs in one; None where prompts see all of themselves.  hooked: onnxruntime vs the original with hooks, prompt positions; None where not compared.
-    greedy: share of tokens equal to torch's.  speed: tokens a second, this and torch's, on the same batches.
+    two pieces vs in one; None where prompts see all of themselves.  hooked: onnxruntime vs the original with hooks,
+    prompt positions; None where not compared.  greedy: share of tokens equal to torch's.  speed: tokens a second, this
+    and torch's, on the same batches.
     """
 
     precision: str
@@ -105,7 +106,7 @@ class Runtime:
 
 
 def comparison(model: PreTrainedModel, folder: Path) -> Batches:
-    """The comparison's own batches, and left-padded prompts with a different picture each where there is a processor."""
+    """The comparison's own batches, and, with a processor, left-padded prompts with a different picture each."""
     batches = dict(comparison_batches(model, folder))
     with suppress(InputError):
         vlm = VLM(model, load_processor(folder), folder)
@@ -194,7 +195,9 @@ def _failures(found: Agreement, precision: Precision) -> list[str]:
     return failures
 
 
-def check_graphs(folder: Path, plan: Plan, weights: Path, original: Path | None, guard: Guard, provider: str) -> Runtime:
+def check_graphs(
+    folder: Path, plan: Plan, weights: Path, original: Path | None, guard: Guard, provider: str
+) -> Runtime:
     """The graphs that `plan` wrote into `folder`, against the model in `weights`, in torch and in float32.
 
     original: the folder that `guard` was folded for, to be compared with hooks as well.  Where the guard is traced,

@@ -16,7 +16,9 @@ def write_client_files(folder: Path, first: str, data_files: Mapping[str, int]) 
 
     first: the number format to be used where a client names none.  data_files: graph's file -> its data files.
     """
-    _change(folder / CONFIG, **{"transformers.js_config": {"dtype": first, "use_external_data_format": dict(data_files)}})
+    _change(
+        folder / CONFIG, **{"transformers.js_config": {"dtype": first, "use_external_data_format": dict(data_files)}}
+    )
     processor = _read(folder / PROCESSOR)
     if processor:
         images = _read(folder / PREPROCESSOR) or dict(processor.get("image_processor", {}))
@@ -27,7 +29,7 @@ def write_client_files(folder: Path, first: str, data_files: Mapping[str, int]) 
 
 
 def _whole_counts(processor: Mapping[str, Any]) -> dict[str, Any]:
-    """The same number of image tokens, said so that a client which knows no strategy for dropping tokens counts right."""
+    """The same number of image tokens, said so that clients that know no strategy for dropping tokens count right."""
     extra = processor.get("num_additional_image_tokens")
     if extra is None or processor.get("vision_feature_select_strategy") != "default":
         return dict(processor)

@@ -1,4 +1,4 @@
-"""A checkpoint as three graphs in a folder: vision_encoder, embed_tokens, decoder_model_merged, in each number format."""
+"""A checkpoint as three graphs in a folder, vision_encoder, embed_tokens, decoder_model_merged, in number formats."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from ..checkpoint import Checkpoint
 from .configs import write_client_files
 from .decoder import decoder_sketch, embed_sketch
 from .layout import DECODER, EMBED, FOLDER, GRAPHS, PRECISIONS, VISION, Precision, Weights, graph_file
+from .paths import path_of
 from .quantize import link_aliases, quantize
 from .trace import faked, need_onnx, trace
-from .paths import path_of
 from .weights import Binder
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def write_graphs(checkpoint: Checkpoint, target: Path, plan: Plan) -> None:
 
 @dataclass(frozen=True)
 class Traced:
-    """The three graphs in one compute dtype, without weights. unread: prefixes of parameters that none of them needs."""
+    """The three graphs in one compute dtype, without weights. unread: prefixes of parameters that none needs."""
 
     checkpoint: Checkpoint
     model: PreTrainedModel

@@ -28,7 +28,7 @@ this one takes each patch's segment instead, and lets patches of one segment see
 
 
 def by_segment(_module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any) -> tuple[Tensor, None]:
-    """query, key, value: [1, heads, patches, size]; cu_seq_lens_q: [patches], their segments. Returns [1, patches, ...]."""
+    """query, key, value: [1, heads, patches, size]; cu_seq_lens_q: [patches], segments. Returns [1, patches, ...]."""
     segment = options["cu_seq_lens_q"]
     scores = query @ key.transpose(2, 3) * options["scaling"]
     apart = segment[:, None] != segment
@@ -98,7 +98,7 @@ class Grid(VisionPath):
     def sketch(self) -> Sketch:
         return replace(super().sketch(), names=["pixel_values", self.grid_name])
 
-    def forward(self, pixel_values: Tensor, grid: Tensor) -> Any:
+    def forward(self, pixel_values: Tensor, grid: Tensor) -> Any:  # type: ignore[override]
         return self.seen(pixel_values, grid).pooler_output.float()
 
     def seen(self, pixel_values: Tensor, grid: Tensor) -> Any:
@@ -150,8 +150,8 @@ class WindowedGrid(Grid):
 
 
 class DeepGrid(Grid):
-    """Qwen3-VL: learned positions spread over each picture, and deepstack_features [levels, tokens, d] for the decoder's
-    first layers."""
+    """Qwen3-VL: learned positions spread over each picture, and deepstack_features [levels, tokens, d] for the
+    decoder's first layers."""
 
     grid_name = "image_grid_thw"
     outputs = ("image_features", DEEPSTACK)
@@ -160,7 +160,7 @@ class DeepGrid(Grid):
         super().__init__(model)
         self.levels = len(self.tower.deepstack_visual_indexes)
 
-    def forward(self, pixel_values: Tensor, grid: Tensor) -> Any:
+    def forward(self, pixel_values: Tensor, grid: Tensor) -> Any:  # type: ignore[override]
         seen = self.seen(pixel_values, grid)
         return seen.pooler_output.float(), torch.stack(list(seen.deepstack_features)).float()
 
@@ -194,7 +194,7 @@ def _add(added: Tensor, _module: Any, _args: Any, output: Any) -> Any:
 
 
 def _neighbours(place: Tensor, size: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """The two entries of a table of `side` that lie about `place` of `size`, corners on corners: [places, 2], weights."""
+    """The two entries of a table of `side` about `place` of `size`, corners on corners: [places, 2], weights."""
     exact = place.float() * (side - 1) / (size - 1).clamp(min=1)
     low = exact.floor()
     entries = torch.stack([low, low + 1], dim=1).clamp(max=side - 1).long()

@@ -77,7 +77,9 @@ def trace(sketch: Sketch, mode: FakeTensorMode) -> ir.Model:
     from onnxscript.optimizer import optimize_ir
 
     with mode:
-        example = {name: _apply(port, lambda each: torch.empty_like(each.example)) for name, port in sketch.inputs.items()}
+        example = {
+            name: _apply(port, lambda each: torch.empty_like(each.example)) for name, port in sketch.inputs.items()
+        }
     with _quiet(), mode:
         program: Any = torch.onnx.export(
             sketch.module.eval(),

@@ -172,7 +172,7 @@ class Boxed(VisionPath):
         mask = torch.ones(2, 3, *sides, dtype=torch.bool)
         return {"pixel_values": Port(torch.zeros(2, 3, 3, *sides), axes), "pixel_attention_mask": Port(mask, axes)}
 
-    def forward(self, pixel_values: Tensor, pixel_attention_mask: Tensor) -> Tensor:
+    def forward(self, pixel_values: Tensor, pixel_attention_mask: Tensor) -> Tensor:  # type: ignore[override]
         config = self.model.config.vision_config
         pixels, seen = pixel_values.flatten(0, 1), pixel_attention_mask.flatten(0, 1)
         real = (pixels != 0).flatten(1).any(1)

@@ -121,7 +121,9 @@ class Binder:
                 raise InputError(f"{self.checkpoint.folder}: no tensor for {memory or name}")
             shape = self.checkpoint.info(disk).shape
             if value.shape is None or tuple(value.shape) != shape:
-                raise InputError(f"{self.checkpoint.folder}: tensor {disk!r} is {list(shape)}, the graph's {value.shape}")
+                raise InputError(
+                    f"{self.checkpoint.folder}: tensor {disk!r} is {list(shape)}, the graph's {value.shape}"
+                )
             self.used.add(disk)
             yield _Weight(value, disk, shape)
 
@@ -168,10 +170,13 @@ def _onnx_dtype(dtype: torch.dtype) -> ir.DataType:
 
 def _without_transposes(graph: ir.Model, value: ir.Value) -> bool:
     """Whether all that `graph` does with the matrix `value` is to transpose it; it then does so no more."""
+    import onnx_ir as ir
+
     uses = value.consumers()
     if not uses or not all(node.op_type == "Transpose" and _swaps(node) for node in uses):
         return False
-    value.shape = type(value.shape)(list(value.shape)[::-1])
+    assert value.shape is not None
+    value.shape = ir.Shape(list(value.shape)[::-1])
     for node in uses:
         node.outputs[0].replace_all_uses_with(value)
         graph.graph.remove(node, safe=True)

@@ -1,7 +1,7 @@
 """Peak memory, time and disk of writing the graphs of a 7B LLaVA: python tests/benchmarks/onnx_memory.py
 
-Makes a float16 checkpoint of LLaVA-1.5-7B's shapes whose weights are holes in sparse files (zeros that take no disk), and
-reports what writing its float16 graphs takes: with weights shared, then copied (this takes 14 GB of disk).
+Makes a float16 checkpoint of LLaVA-1.5-7B's shapes whose weights are holes in sparse files (zeros that take no disk),
+and reports what writing its float16 graphs takes: with weights shared, then copied (this takes 14 GB of disk).
 """
 
 from __future__ import annotations
@@ -82,11 +82,9 @@ def main() -> None:
             _, status, usage = os.wait4(child.pid, 0)
             assert status == 0
             written = sum(path.stat().st_size for path in target.rglob("*") if path.is_file() and path not in before)
-            print(
-                f"{size / 1e9:.2f} GB, {weights}: {time.perf_counter() - start:.0f} s, peak {usage.ru_maxrss / 1024:.0f} "
-                f"MiB, {written / 1e6:.1f} MB written",
-                flush=True,
-            )
+            seconds, peak = time.perf_counter() - start, usage.ru_maxrss / 1024
+            said = f"{seconds:.0f} s, peak {peak:.0f} MiB, {written / 1e6:.1f} MB written"
+            print(f"{size / 1e9:.2f} GB, {weights}: {said}", flush=True)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,10 @@ def main() -> None:
                         speeds["onnxruntime"].append(TOKENS / (time.perf_counter() - middle))
             ratio = statistics.median(b / a for a, b in zip(*speeds.values(), strict=True))
             medians = ", ".join(f"{who} {statistics.median(each):.1f}" for who, each in speeds.items())
-            print(f"{title}, {device}, {name}: {medians} tokens/s, ratio {ratio:.2f}, same tokens: {ours == said}", flush=True)
+            print(
+                f"{title}, {device}, {name}: {medians} tokens/s, ratio {ratio:.2f}, same tokens: {ours == said}",
+                flush=True,
+            )
             del model, runner
 
 
