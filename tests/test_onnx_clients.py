@@ -1,10 +1,12 @@
-"""Clients that are not ours load an exported folder as it is: transformers.js in Node and in Chromium, on pictures.
+"""Clients that are not ours load an exported folder as it is: transformers.js in Node and in Chromium, and
+onnxruntime-genai where it has the family.
 
 They need npm (Node 20 or later) and Chromium (Debian and Ubuntu: apt-get install chromium).
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import subprocess
@@ -19,9 +21,14 @@ import pytest
 import torch
 from command import Command
 from PIL import Image
+from specimens import Knobs, build
+from specimens.known import KNOWN
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from zoo import random_basis
 
+from guardfold.export.checkpoint import Checkpoint
+from guardfold.export.onnx.graphs import Plan, write_graphs
+from guardfold.export.onnx.layout import precisions
 from guardfold.guard.guard import Guard
 from guardfold.guard.images import draw
 from guardfold.guard.interventions import SublayerProjection
@@ -100,6 +107,40 @@ def test_node_says_what_torch_says(
     done = subprocess.run(command, cwd=site, capture_output=True, text=True, timeout=WAIT, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == expected
+
+
+@pytest.mark.families
+@pytest.mark.parametrize("family", ["mistral3", "qwen2_5_vl"])
+def test_onnxruntime_genai_says_what_torch_says(family: str, tmp_path: Path) -> None:
+    """Text, and a picture of a size of its own, as the model's processor makes them; the folder is opened as it is."""
+    genai = importlib.import_module("onnxruntime_genai")
+    specimen = next(each for each in KNOWN if each.name == family)
+    model = build(specimen, Knobs(layers=2), dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    write_graphs(Checkpoint.open(tmp_path), tmp_path, Plan(precisions("fp32")))
+    loaded = genai.Model(str(tmp_path))
+    inputs = specimen.inputs(model.config)
+    for batch in ({name: value[:1] for name, value in inputs["text"].items()}, inputs["image"]):
+        batch = {name: value.float() if value.is_floating_point() else value for name, value in batch.items()}
+        ids, count = batch["input_ids"], {"min_new_tokens": TOKENS, "max_new_tokens": TOKENS, "do_sample": False}
+        parameters = genai.GeneratorParams(loaded)
+        parameters.set_search_options(
+            do_sample=False, max_length=ids.shape[1] + TOKENS, min_length=ids.shape[1] + TOKENS
+        )
+        generator = genai.Generator(loaded, parameters)
+        if "pixel_values" in batch:
+            given = genai.NamedTensors()
+            given["input_ids"] = ids.numpy().astype("int32")
+            given["num_image_tokens"] = (ids == model.config.image_token_id).sum()[None].numpy()
+            for name in ("pixel_values", "image_grid_thw", "image_sizes"):
+                if name in batch:
+                    given[name] = batch[name].numpy()
+            generator.set_inputs(given)
+        else:
+            generator.append_tokens(ids.numpy().astype("int32"))
+        while not generator.is_done():
+            generator.generate_next_token()
+        assert list(generator.get_sequence(0)) == model.generate(**batch, **count)[0].tolist()
 
 
 class _Site(SimpleHTTPRequestHandler):

@@ -147,6 +147,7 @@ def test_clients_find_what_they_look_for(both: Export) -> None:
     assert read("config.json")["transformers.js_config"] == {"dtype": "fp32", "use_external_data_format": {}}
     assert read("preprocessor_config.json")["processor_class"] == "LlavaProcessor"
     assert read("processor_config.json")["num_additional_image_tokens"] == 0
+    assert not (both.folder / "genai_config.json").exists()  # onnxruntime-genai has no type for llava
     assert read("tokenizer_config.json")["chat_template"] == (both.folder / "chat_template.jinja").read_text()
 
 

@@ -31,6 +31,16 @@ class Embed(nn.Module):
         return self.model.get_input_embeddings()(input_ids).float()
 
 
+class Merged(Embed):
+    """The same with image_features [image tokens, d] in the places of the image tokens, in their order."""
+
+    def forward(self, input_ids: Tensor, image_features: Tensor) -> Tensor:  # type: ignore[override]
+        words, place = super().forward(input_ids), input_ids == self.model.config.image_token_id
+        number = (place.flatten().long().cumsum(0) - 1).clamp(min=0)
+        padded = torch.cat([image_features, image_features.new_zeros(1, image_features.shape[1])])  # there may be none
+        return torch.where(place[..., None], padded[number].view(words.shape), words)
+
+
 class Decoder(nn.Module):
     """Embeddings, mask, positions, past -> logits [batch, positions, vocabulary] in float32, then keys and values."""
 
@@ -65,6 +75,13 @@ class DeepDecoder(Decoder):
 def embed_sketch(model: PreTrainedModel) -> Sketch:
     port = Port(torch.zeros(_B, _S, dtype=torch.long), {0: BATCH, 1: SEQUENCE})
     return Sketch(Embed(model), {"input_ids": port}, ["input_ids"], ["inputs_embeds"])
+
+
+def merged_sketch(model: PreTrainedModel) -> Sketch:
+    width = model.config.get_text_config().hidden_size
+    ids = Port(torch.zeros(_B, _S, dtype=torch.long), {0: BATCH, 1: SEQUENCE})
+    inputs = {"input_ids": ids, "image_features": Port(torch.zeros(_P, width), {0: "num_image_tokens"})}
+    return Sketch(Merged(model), inputs, list(inputs), ["inputs_embeds"])
 
 
 def cache_names(which: str, layers: int) -> list[str]:

@@ -17,9 +17,9 @@ from ...guard.hooks import attached
 from ...guard.progress import track
 from ...guard.vlm import meta_model
 from ..checkpoint import Checkpoint
-from .configs import write_client_files
-from .decoder import decoder_sketch, embed_sketch
-from .layout import DECODER, EMBED, FOLDER, GRAPHS, PRECISIONS, VISION, Precision, Weights, graph_file
+from .configs import write_client_files, write_genai_config
+from .decoder import decoder_sketch, embed_sketch, merged_sketch
+from .layout import DECODER, EMBED, FOLDER, GRAPHS, MERGED, PRECISIONS, VISION, Precision, Weights, graph_file
 from .paths import path_of
 from .quantize import link_aliases, quantize
 from .trace import faked, need_onnx, trace
@@ -68,6 +68,7 @@ def write_graphs(checkpoint: Checkpoint, target: Path, plan: Plan) -> None:
     if any(each.bits for each in plan.precisions):
         files |= _quantised(checkpoint, place, plan)
     write_client_files(target, plan.precisions[0].name, files)
+    write_genai_config(path_of(meta_model(checkpoint.folder)), target, place, plan.precisions[0])
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ class Traced:
         mode = faked(model, compute)
         with attached(model, guard) if guard else nullcontext():
             sketches = {VISION: path.sketch(), EMBED: embed_sketch(model), DECODER: decoder_sketch(path)}
+            if path.genai:
+                sketches[MERGED] = merged_sketch(model)
             graphs = {name: trace(sketch, mode) for name, sketch in track(list(sketches.items()), "tracing")}
         return cls(checkpoint, model, graphs, path.unread())
 
@@ -116,7 +119,7 @@ def _quantised(checkpoint: Checkpoint, place: Path, plan: Plan) -> dict[str, int
         if source != place:
             Traced.of(checkpoint, whole.compute, plan.traced).write(whole, source, "copy")
         for precision in (each for each in plan.precisions if each.bits):
-            for graph in GRAPHS:
+            for graph in (name for name in (*GRAPHS, MERGED) if (source / graph_file(name, whole)).is_file()):
                 target = place / graph_file(graph, precision)
                 if count := quantize(source / graph_file(graph, whole), target, precision):
                     files[target.name] = count

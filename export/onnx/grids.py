@@ -136,6 +136,7 @@ class Grid(VisionPath):
 class WindowedGrid(Grid):
     """Qwen2.5-VL: most layers of the tower look through windows, whose tokens are brought together."""
 
+    genai = "qwen2_5_vl"
     grid_name = "image_grid_thw"
 
     def more(self, where: Where) -> dict[str, Any]:
@@ -203,6 +204,8 @@ def _neighbours(place: Tensor, size: Tensor, side: int) -> tuple[Tensor, Tensor]
 
 class Native(VisionPath):
     """Mistral 3: one picture of any size a call, pixel_values [1, 3, height, width] -> image_features [tokens, d]."""
+
+    genai = "mistral3"
 
     def ports(self) -> Mapping[str, Port]:
         unit = self.inner.vision_tower.patch_size * self.merge

@@ -12,6 +12,9 @@ from ...guard.errors import InputError
 
 VISION, EMBED, DECODER = "vision_encoder", "embed_tokens", "decoder_model_merged"
 GRAPHS = (VISION, EMBED, DECODER)
+MERGED = "embedding"
+"""A fourth graph, for onnxruntime-genai: the embedding table that puts the pictures in their places itself."""
+
 FOLDER = "onnx"
 """Where the graphs lie; beside the weights themselves where they share them, for a graph finds no data elsewhere."""
 

@@ -27,6 +27,8 @@ class VisionPath(nn.Module):
     """The position of a prompt's first token."""
     prefix: ClassVar[bool] = False
     """Whether all of a prompt sees all of it, so that it cannot be computed in pieces."""
+    genai: ClassVar[str | None] = None
+    """What onnxruntime-genai calls this family, if it knows it."""
     levels: int = 0
     """How many of the decoder's first layers get features of their own."""
 
