@@ -104,14 +104,15 @@ def test_other_guard_options_for_a_guarded_folder_are_an_error(both: Export, pla
         export_guarded(str(both.folder), tmp_path / "out", options(place), Formats("onnx"))
 
 
+@pytest.mark.parametrize("factor", [1.001, float("nan")])
 def test_graphs_that_do_not_equal_torch_are_not_published(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float
 ) -> None:
     real = runner.Runner._embedded
 
     def off(self: runner.Runner, batch: Any) -> Any:
         embeds, deep = real(self, batch)
-        return embeds * 1.001, deep
+        return embeds * factor, deep
 
     monkeypatch.setattr(runner.Runner, "_embedded", off)
     with pytest.raises(NotSafer, match=r"not sound: fp32: prefill logits differ from torch by .* nothing was written"):

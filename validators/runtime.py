@@ -173,10 +173,10 @@ def agreement(runner: Runner, batches: Batches, reference: Reference, hooked: Re
         precision=runner.precision.name,
         device=runner.device,
         scale=scale,
-        prefill=max(prefill) / scale,
-        decode=max(decode) / scale,
-        pieces=max(pieces) / scale if pieces else None,
-        hooked=max(hooks) / scale if hooked else None,
+        prefill=_largest(prefill) / scale,
+        decode=_largest(decode) / scale,
+        pieces=_largest(pieces) / scale if pieces else None,
+        hooked=_largest(hooks) / scale if hooked else None,
         greedy=int(torch.cat(equal).sum()) / count,
         greedy_tokens=count,
         speed=(count / seconds, count / sum(each.seconds for each in reference.values())),
@@ -225,6 +225,11 @@ def _reference(folder: Path, guard: Guard | None, stored: torch.dtype = torch.fl
 
 def _chosen(logits: Tensor, ends: Sequence[int]) -> Tensor:
     return logits.index_fill(-1, torch.tensor(ends, dtype=torch.long), -torch.inf).argmax(-1)
+
+
+def _largest(values: Sequence[float]) -> float:
+    """Their maximum, or nan if one of them is: Python's own max would pass over it."""
+    return float(torch.tensor(values).max())
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
