@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -15,6 +16,7 @@ from .guard.errors import InputError, Refused
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from .export.formats import Formats
     from .pipeline import GuardOptions
     from .validators.check import Evidence
 
@@ -52,7 +54,9 @@ ScopeOption = Annotated[
     typer.Option(
         "--scope",
         help="Of the preset projection. sublayers: own directions per layer, on what its attention and MLP write. "
-        "shared: one set of directions, on everything that writes to the residual stream.",
+        "shared: one set of directions, on everything that writes to the residual stream. "
+        "residual: own directions per layer on the residual stream itself, which ONNX graphs hold and weights do not; "
+        "with --guard vlm-guard it also steers.",
     ),
 ]
 Rank = Annotated[int, typer.Option(min=1, help="Directions per projected layer (m).")]
@@ -154,6 +158,11 @@ LinkOption = Annotated[
 ]
 
 
+ProviderOption = Annotated[
+    str, typer.Option("--provider", help="Where onnxruntime runs: cpu, cuda, or auto (cuda where there is one).")
+]
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"guardfold {__version__}")
@@ -189,6 +198,27 @@ def export(
     qa: QA = None,
     judge: JudgeOption = None,
     skip_behaviour: SkipBehaviour = False,
+    formats: Annotated[
+        str, typer.Option("--format", help="safetensors, onnx, or both: safetensors,onnx.")
+    ] = "safetensors",
+    onnx_dtype: Annotated[
+        str,
+        typer.Option(
+            "--onnx-dtype", help="Number formats of the graphs, with commas: fp32, fp16, bf16, bf16-native, q8, q4."
+        ),
+    ] = "fp32",
+    onnx_weights: Annotated[
+        str,
+        typer.Option(
+            "--onnx-weights",
+            help="copy: the graphs have weights of their own. shared: they point into the safetensors beside them.",
+        ),
+    ] = "copy",
+    provider: ProviderOption = "auto",
+    skip_runtime: Annotated[
+        bool,
+        typer.Option("--skip-runtime", help="Write the graphs without running them; the manifest says NOT VERIFIED."),
+    ] = False,
     allow_weaker: Annotated[
         bool, typer.Option("--allow-weaker", help="Publish even if not safer, marked NOT VERIFIED. For research.")
     ] = False,
@@ -209,7 +239,8 @@ def export(
     create_pr: CreatePR = False,
     revision: Revision = None,
 ) -> None:
-    """Write a guarded copy of a model, and publish it only if it is measurably safer.
+    """Write a guarded copy of a model, and publish it only if it is measurably safer. Or, with --format onnx and a
+    folder that is guarded already, write its graphs.
 
     Extracts the safety steering directions, folds the guard into the weights, proves the result equal to the hooks,
     measures refusals and answers with and without images, and prints original against guarded.
@@ -237,6 +268,7 @@ def export(
         model,
         output,
         options,
+        _formats(formats, onnx_dtype, onnx_weights, provider, skip_runtime),
         probes=probes,
         qa=qa,
         judge=judge,
@@ -324,6 +356,32 @@ def check(
 
 
 @app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="A folder written by `guardfold export`. Or: " + MODEL_HELP)],
+    prompt: Annotated[str, typer.Argument(help="What to ask.")],
+    image: Annotated[Path | None, typer.Option(help="A picture to ask about.")] = None,
+    runtime: Annotated[
+        str | None, typer.Option(help="torch or onnx. Default: torch where there are safetensors, else onnx.")
+    ] = None,
+    onnx_dtype: Annotated[
+        str | None, typer.Option("--onnx-dtype", help="Which of the graphs. Default: the first there is.")
+    ] = None,
+    provider: ProviderOption = "auto",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to say.")] = 256,
+) -> None:
+    """Ask a folder's model one question, in torch or onnxruntime, and see the answer as it is made."""
+    from .validators.chat import answer
+
+    _begin(model)
+
+    def say(piece: str) -> None:
+        typer.echo(piece, nl=False)
+
+    answer(model, prompt, image, say, runtime=runtime, precision=onnx_dtype, provider=provider, most=max_tokens)
+    typer.echo()
+
+
+@app.command()
 def inspect(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     trace: Annotated[
@@ -398,7 +456,15 @@ def _options(**given: Any) -> GuardOptions:
     return GuardOptions(**given)
 
 
-def _check_choices(*choices: tuple[str, str, tuple[str, ...]]) -> None:
+def _formats(names: str, dtype: str, weights: str, provider: str, skip_runtime: bool) -> Formats:
+    from .export.formats import Formats
+    from .export.onnx.layout import WEIGHTS
+
+    _check_choices(("onnx-weights", weights, WEIGHTS))
+    return Formats(names, dtype, cast(Any, weights), provider, skip_runtime)
+
+
+def _check_choices(*choices: tuple[str, str, Sequence[str]]) -> None:
     """InputError for the first (option, value, known values) whose value is not known."""
     for name, value, known in choices:
         if value not in known:

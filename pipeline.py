@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import json
-import tempfile
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from . import __version__
-from .export.card import GUARD_FILE, Source, write_card, write_manifest, written_rounding
+from .export.card import (
+    GUARD_FILE,
+    MANIFEST,
+    Source,
+    extend_card,
+    extend_manifest,
+    read_manifest,
+    write_card,
+    write_manifest,
+    written_rounding,
+)
 from .export.checkpoint import Checkpoint
 from .export.companions import copy_companions
-from .export.fold import Placement, fold
+from .export.fold import Fold, Placement, fold
+from .export.formats import Formats
 from .export.hub import Target, push
+from .export.onnx.graphs import Plan, write_graphs
 from .export.remote import hollow_copy
 from .export.rewrite import Writing, rewrite
 from .export.staging import check_room, staging
@@ -44,15 +57,21 @@ from .guard.prompts import BUILT_IN_ANCHORS, beside, load_anchors
 from .guard.transcripts import Usage
 from .guard.vlm import VLM, load, located, meta_model, mlp_parts, resolve, threads_for
 from .validators.batches import comparison_batches
-from .validators.check import Evidence, examine
+from .validators.check import Evidence, examine, examine_hooked, with_graphs
+from .validators.integrity import Integrity
 from .validators.judge import ModelJudge, PhraseJudge
 from .validators.measures import markdown
 from .validators.page import render_page
 from .validators.probes import load_probes, refusal_text
+from .validators.runtime import Runtime, check_graphs
 from .validators.select import Bench, best, choose, sample_scores, scrutinise
+from .validators.verdict import Verdict
 
 PRESETS = ("auto", "vlm-guard", "gate", "projection")
 DEFAULT_PRESET = "auto"
+RESIDUAL_ALPHA = {"projection": 0.0, "vlm-guard": 1.0}
+"""How strongly a preset aligns on the residual stream, in scope residual."""
+
 MAX_ANCHORS = 100
 """Pairs that a projection on its own is extracted from (the paper's N)."""
 
@@ -83,17 +102,14 @@ class GuardOptions:
 
 @dataclass(frozen=True)
 class Export:
-    """A finished export: where it lies, its guard, and the evidence about it."""
+    """A finished export: where it lies, its guard, the evidence about it, and whether that shows it to be safer."""
 
     folder: Path
     guard: Guard
     evidence: Evidence
+    verified: bool
     url: str | None = None
     """Of the commit or pull request, where it was pushed."""
-
-    @property
-    def verified(self) -> bool:
-        return self.evidence.sound and self.evidence.ruling == "safer"
 
 
 class NotSafer(Refused):
@@ -121,6 +137,8 @@ def extract_guard(model: str, options: GuardOptions | None = None) -> Guard:
         return Guard.load(Path(options.guard))
     if options.guard not in PRESETS:
         raise InputError(f"{options.guard}: neither a guard file nor a preset ({', '.join(PRESETS)})")
+    if options.scope == "residual" and options.guard not in RESIDUAL_ALPHA:
+        raise InputError(f"--scope residual: has no {options.guard}; use --guard {' or '.join(RESIDUAL_ALPHA)}")
     with threads_for(folder):
         return _made(folder, name, options)
 
@@ -138,11 +156,12 @@ def _made(folder: Path, name: str, options: GuardOptions) -> Guard:
         "revision": Source(name, folder).revision,
         "anchors": {"sha256": anchors.hash, "pairs": len(anchors)},
     }
-    if options.guard == "projection":
+    if options.guard == "projection" or options.scope == "residual":
         chosen = layers or parse_layers(DEFAULT_LAYERS, family.layers)
         directions = extract(vlm, anchors.head(MAX_ANCHORS), chosen, options.rank)
         strength = 1.0 if options.strength is None else options.strength
-        interventions: tuple[Intervention, ...] = (projection(directions, chosen, options.scope, strength),)
+        alpha = RESIDUAL_ALPHA[options.guard]
+        interventions: tuple[Intervention, ...] = (projection(directions, chosen, options.scope, strength, alpha),)
         found: dict[str, Any] = {"directions": directions.figures()}
     else:
         benign = load_benign(options.benign or beside(folder, "benign.jsonl") or BUILT_IN_BENIGN)
@@ -232,6 +251,7 @@ def export_guarded(
     model: str,
     output: Path | str | None = None,
     options: GuardOptions | None = None,
+    formats: Formats | None = None,
     *,
     probes: Path | None = None,
     qa: Path | None = None,
@@ -243,7 +263,8 @@ def export_guarded(
     writing: Writing | None = None,
     push_to: Target | None = None,
 ) -> Export:
-    """Writes `model` with a guard folded into its weights to `output` (default ./<name>-guarded), if it is safer.
+    """Writes `model` with a guard to `output` (default ./<name>-guarded), if it is safer: folded into its weights, as
+    ONNX graphs, or both. Of a folder that is guarded already, graphs are written (default ./<name>-onnx).
 
     probes, qa: files that replace the model's own or the built-in ones.  skip_behaviour: measure nothing but soundness
     and equality; the manifest says NOT VERIFIED.  allow_weaker: publish whatever the verdict; the manifest and the card
@@ -258,30 +279,42 @@ def export_guarded(
         if skip_behaviour and not allow_weaker:
             raise InputError("--skip-behaviour: what was not measured is not pushed (--allow-weaker overrides)")
     folder, name = resolve(model)
+    formats, writing = formats or Formats(), writing or Writing()
+    if formats.has("onnx") and (folder / MANIFEST).is_file():
+        made = _add_graphs(folder, name, output, options, formats, overwrite)
+        return replace(made, url=push(made.folder, push_to, allow_weaker=allow_weaker)) if push_to else made
     source, checkpoint = Source(name, folder), Checkpoint.open(folder)
     family = family_of(checkpoint, options.family)
     asked = None if skip_behaviour else load_probes(folder, probes, qa)
     decides = ModelJudge(judge) if judge else None
-    target = Path(output) if output else Path(f"{name.rpartition('/')[2]}-guarded")
-    if folder.resolve().is_relative_to(target.resolve()):
-        raise InputError(f"{target}: holds the model itself; choose another --output")
-    writing = writing or Writing()
+    target = _target(folder, output or f"{name.rpartition('/')[2]}-guarded")
     with staging(target, overwrite) as stage, threads_for(folder):
         if writing.link != "hard":
             check_room(target.parent, checkpoint.data_bytes)
         guard = extract_guard(model, options)
-        edits = fold(guard, family, checkpoint.shapes, checkpoint.read)
-        if strict and edits.approximate:
-            raise Refused(f"--strict: {family.model_type}: {edits.approximate}; use --scope sublayers")
-        with _writing(checkpoint) as advance:
-            rewrite(checkpoint, family, edits, stage, advance, writing)
+        plan, edits = formats.plan(guard), Fold({})
         copy_companions(folder, stage)
         (stage / GUARD_FILE).parent.mkdir()
         guard.save(stage / GUARD_FILE)
-        evidence = examine(checkpoint, Checkpoint.open(stage), family, guard, edits, writing.rounding, asked, decides)
-        verified = evidence.sound and evidence.ruling == "safer"
-        if not evidence.sound or not (verified or allow_weaker or skip_behaviour):
-            raise NotSafer(evidence)
+        with _weights_place(stage, formats) as place:
+            if plan and plan.traced:
+                place = folder
+                evidence = examine_hooked(checkpoint, guard, asked, decides)
+            else:
+                edits = fold(guard, family, checkpoint.shapes, checkpoint.read)
+                if strict and edits.approximate:
+                    raise Refused(f"--strict: {family.model_type}: {edits.approximate}; use --scope sublayers")
+                with _writing(checkpoint) as advance:
+                    rewrite(checkpoint, family, edits, place, advance, writing)
+                copy_companions(folder, place)
+                evidence = examine(
+                    checkpoint, Checkpoint.open(place), family, guard, edits, writing.rounding, asked, decides
+                )
+                _refuse_unsound(evidence, allow_weaker or skip_behaviour)
+            if plan and (runtime := _graphs(place, folder, stage, plan, guard, formats)):
+                evidence = with_graphs(evidence, runtime, stage, formats.provider, asked, decides)
+        _refuse_unsound(evidence, allow_weaker or skip_behaviour)
+        verified = evidence.ruling == "safer" and (plan is None or _vouched(evidence.runtime))
         figures = evidence.figures()
         described = {**guard.provenance, "interventions": guard.describe()}
         report = json.dumps({**figures, "guard": described}, indent=2) + "\n"
@@ -290,7 +323,74 @@ def export_guarded(
         (stage / "report.html").write_text(page, encoding="utf-8")
         write_card(stage, source, guard, evidence.ruling, verified, markdown(figures))
         write_manifest(stage, source, guard, writing.rounding, evidence.ruling, verified, figures)
-    return Export(target, guard, evidence, push(target, push_to, allow_weaker=allow_weaker) if push_to else None)
+    made = Export(target, guard, evidence, verified)
+    return replace(made, url=push(target, push_to, allow_weaker=allow_weaker)) if push_to else made
+
+
+def _vouched(runtime: Runtime | None) -> bool:
+    return runtime is not None and runtime.vouched
+
+
+def _target(folder: Path, output: Path | str) -> Path:
+    if folder.resolve().is_relative_to(Path(output).resolve()):
+        raise InputError(f"{output}: holds the model itself; choose another --output")
+    return Path(output)
+
+
+def _refuse_unsound(evidence: Evidence, whatever_it_does: bool) -> None:
+    if not evidence.sound or not (evidence.ruling == "safer" or whatever_it_does):
+        raise NotSafer(evidence)
+
+
+@contextmanager
+def _weights_place(stage: Path, formats: Formats) -> Iterator[Path]:
+    """Where the folded weights go: into `stage`, or, where nobody wants them but the graphs, aside and away."""
+    if formats.has("safetensors"):
+        yield stage
+        return
+    with TemporaryDirectory(dir=stage, prefix=".weights-") as aside:
+        yield Path(aside)
+
+
+def _graphs(
+    weights: Path, original: Path | None, stage: Path, plan: Plan, guard: Guard, formats: Formats
+) -> Runtime | None:
+    """Writes the graphs of the model in `weights` into `stage` and compares them with torch, unless told not to."""
+    if weights != stage:
+        shutil.copyfile(weights / "config.json", stage / "config.json")
+    write_graphs(Checkpoint.open(weights), stage, plan)
+    return None if formats.skip_runtime else check_graphs(stage, plan, weights, original, guard, formats.provider)
+
+
+def _add_graphs(
+    folder: Path, name: str, output: Path | str | None, options: GuardOptions, formats: Formats, overwrite: bool
+) -> Export:
+    """The guarded `folder` in other formats. Its verdict holds, for its files are those that it was measured with."""
+    if options != GuardOptions():
+        raise InputError(
+            f"{folder}: is guarded already; leave the guard's options out, or give the model it was made of"
+        )
+    manifest, guard, checkpoint = read_manifest(folder), Guard.load(folder / GUARD_FILE), Checkpoint.open(folder)
+    plan = formats.plan(guard)
+    assert plan
+    with staging(target := _target(folder, output or f"{name}-onnx"), overwrite) as stage, threads_for(folder):
+        copy_companions(folder, stage)
+        if formats.has("safetensors"):
+            with _writing(checkpoint) as advance:
+                rewrite(checkpoint, family_of(checkpoint), Fold({}), stage, advance)
+        for file in (GUARD_FILE, "report.json", "report.html", "README.md"):
+            (stage / file).parent.mkdir(exist_ok=True)
+            shutil.copyfile(folder / file, stage / file)
+        runtime = _graphs(folder, None, stage, plan, guard, formats)
+        verdict = Verdict(manifest["verdict"], ("measured when it was guarded",), {})
+        integrity = Integrity(len(checkpoint.tensors), 0, (), "hashes in the manifest", ())
+        evidence = Evidence(integrity, None, verdict=verdict, runtime=runtime)
+        if runtime and not runtime.passed:
+            raise NotSafer(evidence)
+        verified = manifest["verified"] and _vouched(runtime)
+        extend_card(stage)
+        extend_manifest(stage, manifest, verified, {"runtime": runtime and runtime.figures()})
+    return Export(target, guard, evidence, verified)
 
 
 def check_guarded(
@@ -334,7 +434,7 @@ def _headers_of(model: str) -> Iterator[Path]:
     if isinstance(found, Path):
         yield found
         return
-    with tempfile.TemporaryDirectory() as folder, bar() as progress:
+    with TemporaryDirectory() as folder, bar() as progress:
         progress.add_task("headers", total=None)
         yield hollow_copy(*found, Path(folder))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from huggingface_hub import ModelCardData, metadata_load
 
 from .. import __version__
+from ..guard.errors import InputError
 from ..guard.guard import Guard
 from ..guard.untrusted import parse_object, read_bytes
 from .rounding import Rounding
@@ -64,7 +66,7 @@ def write_manifest(
         "guardfold": __version__,
         "verdict": ruling,
         "verified": verified,
-        "status": "VERIFIED" if verified else "NOT VERIFIED",
+        "status": _status(verified),
         "source": {"model": source.name, "revision": source.revision},
         "guard": {
             "sha256": guard.hash,
@@ -76,6 +78,39 @@ def write_manifest(
         "figures": evidence,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """guardfold.json of an exported `folder`, whose weights and guard are what it says. InputError otherwise."""
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        recorded = {name: str(value) for name, value in manifest["files"].items()}
+        if not isinstance(manifest["verdict"], str) or not isinstance(manifest["verified"], bool):
+            raise TypeError("verdict or verified is not what it should be")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path}: not a manifest that guardfold wrote ({error})") from error
+    measured = {path.name for path in folder.glob("*.safetensors")} | {"config.json", GUARD_FILE.as_posix()}
+    for name, found in file_hashes(folder).items():
+        if name in measured and recorded.get(name) != found:
+            raise InputError(f"{folder / name}: is not the file that was measured; guard the original model again")
+    return manifest
+
+
+def extend_manifest(folder: Path, manifest: Mapping[str, Any], verified: bool, figures: Mapping[str, Any]) -> None:
+    """Writes `manifest` into `folder` with more figures, and the hashes of what lies there now."""
+    changed = {
+        **manifest,
+        "verified": verified,
+        "status": _status(verified),
+        "files": file_hashes(folder),
+        "figures": {**manifest["figures"], **figures},
+    }
+    (folder / MANIFEST).write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
+
+
+def _status(verified: bool) -> str:
+    return "VERIFIED" if verified else "NOT VERIFIED"
 
 
 def write_card(folder: Path, source: Source, guard: Guard, ruling: str, verified: bool, measured: str) -> None:
@@ -93,16 +128,37 @@ def write_card(folder: Path, source: Source, guard: Guard, ruling: str, verified
         f"---\n{data.to_yaml()}\n---",
         f"# {source.name}, guarded",
         _standing(ruling, verified),
-        _METHOD.format(source=source.name, revision=source.revision or "unknown", version=__version__),
+        _METHOD.format(
+            source=source.name,
+            revision=source.revision or "unknown",
+            version=__version__,
+            held=_IN_WEIGHTS if guard.in_weights else _IN_GRAPHS,
+        ),
         "```json\n" + json.dumps(guard.describe(), indent=2) + "\n```",
-        "## Load it",
-        _LOAD,
+        *_loading(folder),
         "## Measured",
         measured,
         "## Limits",
         _LIMITS,
     ]
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def extend_card(folder: Path) -> None:
+    """Says in the card in `folder` how its graphs are run."""
+    card = folder / "README.md"
+    card.write_text(
+        "\n\n".join([card.read_text(encoding="utf-8").rstrip(), *_running(folder)]) + "\n", encoding="utf-8"
+    )
+
+
+def _loading(folder: Path) -> list[str]:
+    return [*(["## Load it", _LOAD] if any(folder.glob("*.safetensors")) else []), *_running(folder)]
+
+
+def _running(folder: Path) -> list[str]:
+    graphs = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.onnx"))
+    return ["## Run its ONNX graphs", _RUN, "\n".join(f"- `{name}`" for name in graphs)] if graphs else []
 
 
 def _licence(folder: Path) -> str | None:
@@ -131,11 +187,20 @@ def _standing(ruling: str, verified: bool) -> str:
 
 
 _METHOD = """\
-Made from `{source}` (revision {revision}) with guardfold {version}: the guard below was folded into the weights, so
-that any runtime which loads the original loads this, with no custom code. It follows VLM-Guard (arXiv 2502.10486):
-safety steering directions are extracted from the language model with paired harmful and harmless queries, and what
-the layers write along them is removed from the output weights of attention and MLP. The guard itself, with its
-directions, is in `guardfold/guard.safetensors`; `guardfold.json` holds every hash and figure."""
+Made from `{source}` (revision {revision}) with guardfold {version}: {held} It follows VLM-Guard (arXiv 2502.10486):
+safety steering directions are extracted from the language model with paired harmful and harmless queries. The guard
+itself, with its directions, is in `guardfold/guard.safetensors`; `guardfold.json` holds every hash and figure."""
+
+_IN_WEIGHTS = """\
+the guard below was folded into the weights, so that any runtime which loads the original loads this, with no custom
+code; what the layers write along the guard's directions is changed in the output weights of attention and MLP."""
+
+_IN_GRAPHS = """\
+the guard below, which weights cannot hold, is part of the ONNX graphs; their weights are the original's."""
+
+_RUN = """\
+With onnxruntime: `guardfold chat FOLDER --runtime onnx "..."`. With transformers.js, where it has the family:
+`AutoProcessor` and `AutoModelForImageTextToText`, both `from_pretrained(FOLDER)`. The graphs:"""
 
 _LOAD = """\
 ```python

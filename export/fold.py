@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..guard.errors import InputError
 from ..guard.guard import Guard, Intervention
-from ..guard.interventions import NEURONS, Gate, SharedProjection, SublayerProjection
+from ..guard.interventions import NEURONS, Gate, SharedProjection, SublayerProjection, TwoPass
 from .edits import Edit, ProjectColumns, Projecting, ProjectRows, ProjectSlices, SetColumns, SetRows
 from .writers import Family, PostNorm, Writer
 
@@ -132,7 +132,10 @@ def _edits(
     elif isinstance(each, Gate):
         yield from _gate_edits(each, family, shapes)
     else:
-        raise InputError(f"{each.kind}: weights cannot hold it; it runs with hooks only")
+        advice = (
+            "only hooks run it" if isinstance(each, TwoPass) else "export it with --format onnx, or use another --scope"
+        )
+        raise InputError(f"{each.kind}: weights cannot hold it; {advice}")
 
 
 def _project(writer: Writer, shape: Shape, basis: Tensor, strength: float, gain: Tensor | None = None) -> Edit:

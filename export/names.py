@@ -123,6 +123,11 @@ class Layout:
         """The first of `candidates` that transformers would load as `memory`, as it is."""
         return next((name for name in candidates if self._renamed(name) == (memory, None)), None)
 
+    @property
+    def plain_names(self) -> dict[str, str]:
+        """Name in memory -> name on disk, of everything that is kept just as it is."""
+        return {memory: stored.disk[0] for memory, stored in self.stored.items() if not stored.operations}
+
     def plain(self, memory: str) -> str | None:
         """The one tensor on disk that is parameter `memory` just as it is; None if there is none."""
         stored = self.stored.get(memory)

@@ -19,12 +19,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .errors import InputError
-from .interventions import Gate, SharedProjection, SublayerProjection, TwoPass
+from .interventions import Gate, ResidualProjection, SharedProjection, SublayerProjection, TwoPass
 
 FORMAT = "guardfold-guard/1"
 REFERENCE = "reference"
-Intervention = SublayerProjection | SharedProjection | Gate | TwoPass
-KINDS: dict[str, type[Intervention]] = {cls.kind: cls for cls in (SublayerProjection, SharedProjection, Gate, TwoPass)}
+Intervention = SublayerProjection | SharedProjection | ResidualProjection | Gate | TwoPass
+KINDS: dict[str, type[Intervention]] = {
+    cls.kind: cls for cls in (SublayerProjection, SharedProjection, ResidualProjection, Gate, TwoPass)
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,11 @@ class Guard:
             raise InputError("two gates in one layer would take the same neurons; one gate a layer")
         if {Gate, SharedProjection} <= kinds:
             raise InputError("a shared projection would erase what a gate writes; project sublayers instead")
+
+    @property
+    def in_weights(self) -> bool:
+        """Whether weights can hold all of it; else only hooks do, and graphs that hooks are traced into."""
+        return all(each.in_weights for each in self.interventions)
 
     def check_fits(self, layers: int, width: int) -> None:
         """InputError unless every intervention acts on layers < `layers` of a residual stream `width` wide."""

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from .errors import InputError
 from .guard import Guard
-from .interventions import Gate, SharedProjection, SublayerProjection, TwoPass
+from .interventions import Gate, ResidualProjection, SharedProjection, SublayerProjection, TwoPass
 from .vlm import decoder_layers, mlp_parts, output_tensor, residual_readers, sublayers, with_output_tensor
 
 TextStates = Mapping[int, Tensor]
@@ -47,6 +47,21 @@ def _shared(model: PreTrainedModel, each: SharedProjection, _text: TextStates | 
 
     for reader in residual_readers(model):
         yield reader.register_forward_pre_hook(project, with_kwargs=True)
+
+
+def steer(states: Tensor, basis: Tensor, strength: float, alpha: float) -> Tensor:
+    """h - (strength - alpha g) (h V^T) V with g = 1[h . v_1 > 0]: `states` [..., d]; `basis` [m, d], row 0 = v_1."""
+    wide = states.to(torch.promote_types(states.dtype, torch.float32))
+    basis = basis.to(wide)
+    along = wide @ basis.T
+    gate = (along[..., :1] > 0).to(wide)
+    return (wide - (strength - alpha * gate) * along @ basis).to(states.dtype)
+
+
+def _residual(model: PreTrainedModel, each: ResidualProjection, _text: TextStates | None) -> Iterator[RemovableHandle]:
+    for layer, basis in each.bases.items():
+        hook = _on_output(lambda h, basis=basis: steer(h, basis, each.strength, each.alpha))  # type: ignore[misc]
+        yield decoder_layers(model)[layer].register_forward_hook(hook)
 
 
 def ramp(x: Tensor, gate: Gate, act: Callable[[Tensor], Tensor], gated: bool) -> Tensor:
@@ -126,6 +141,7 @@ class _LastPromptToken:
 _INSTALL: dict[type, Callable[..., Iterator[RemovableHandle]]] = {
     SublayerProjection: _sublayers,
     SharedProjection: _shared,
+    ResidualProjection: _residual,
     Gate: _gate,
     TwoPass: _two_pass,
 }

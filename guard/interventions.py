@@ -76,6 +76,7 @@ def _layer_number(key: str, where: str) -> int:
 class _PerLayer:
     """What interventions with a basis of their own in each layer have in common."""
 
+    in_weights: ClassVar[bool] = True
     bases: Mapping[int, Tensor]
 
     @property
@@ -124,6 +125,7 @@ class SharedProjection:
     """
 
     kind: ClassVar[str] = "shared-projection"
+    in_weights: ClassVar[bool] = True
     basis: Tensor
     strength: float = 1.0
 
@@ -159,6 +161,7 @@ class TwoPass(_PerLayer):
     """
 
     kind: ClassVar[str] = "two-pass"
+    in_weights: ClassVar[bool] = False
     bases: Mapping[int, Tensor]
     alpha: float = 1.0
     project: bool = False
@@ -177,6 +180,38 @@ class TwoPass(_PerLayer):
 
 
 @dataclass(frozen=True)
+class ResidualProjection(_PerLayer):
+    """VLM-Guard's steps 2 and 3 in one pass, on the residual stream after layer l, each position deciding for itself.
+
+    h*_l = h_l - strength h_l V_l^T V_l + alpha g_l h_l V_l^T V_l with g_l = 1[h_l . v_1 > 0]; alpha = 0 is the ungated
+    form.  bases: layer -> V_l, [m, d], orthonormal rows, row 0 = v_1.  strength: in (0, 1].  alpha: finite, >= 0.
+    Weights do not hold it: the skip connection carries what earlier layers wrote past every weight of layer l.
+    """
+
+    kind: ClassVar[str] = "residual-projection"
+    in_weights: ClassVar[bool] = False
+    bases: Mapping[int, Tensor]
+    strength: float = 1.0
+    alpha: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bases", check_bases(self.bases, self.kind))
+        object.__setattr__(self, "strength", check_strength(self.strength, self.kind))
+        object.__setattr__(self, "alpha", float(self.alpha))
+        if not 0 <= self.alpha < math.inf:
+            raise InputError(f"{self.kind}: alpha {self.alpha} is not a finite number >= 0")
+
+    def describe(self) -> dict[str, Any]:
+        numbers = {"strength": self.strength, "alpha": self.alpha}
+        return {"kind": self.kind, **numbers, "ranks": {layer: len(basis) for layer, basis in self.bases.items()}}
+
+    @classmethod
+    def parse(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        bases = {_layer_number(key, cls.kind): tensor for key, tensor in tensors.items()}
+        return cls(bases, header["strength"], header["alpha"])
+
+
+@dataclass(frozen=True)
 class Gate:
     """Adds c * ramp to what the MLP of `layer` writes, at positions whose MLP input x the detector u recognises.
 
@@ -190,6 +225,7 @@ class Gate:
     """
 
     kind: ClassVar[str] = "gate"
+    in_weights: ClassVar[bool] = True
     layer: int
     detector: Tensor
     column: Tensor

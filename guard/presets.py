@@ -15,9 +15,9 @@ from .detector import Detector, fit_direction, fit_unit, least_used, thresholds
 from .directions import Directions
 from .errors import InputError
 from .guard import Intervention
-from .interventions import NEURONS, Gate, SharedProjection, SublayerProjection
+from .interventions import NEURONS, Gate, ResidualProjection, SharedProjection, SublayerProjection
 
-Scope = Literal["sublayers", "shared"]
+Scope = Literal["sublayers", "shared", "residual"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 LAYER_SETS = {"last-quarter": 4, "last-half": 2, "all": 1}
 """Name -> the share of the layers, from the top, as a divisor."""
@@ -74,14 +74,19 @@ def best_layer(directions: Directions) -> int:
     return max(directions.bases, key=lambda layer: (round(directions.auc["text"][layer], 3), layer))
 
 
-def projection(directions: Directions, layers: Sequence[int], scope: Scope, strength: float) -> Intervention:
-    """The projection half of VLM-Guard: own V_l on the sublayers of `layers`, or the best of them for the whole stream.
+def projection(
+    directions: Directions, layers: Sequence[int], scope: Scope, strength: float, alpha: float = 0.0
+) -> Intervention:
+    """The projection half of VLM-Guard: own V_l on the sublayers of `layers`, or on the residual stream after them
+    (there with its aligning half as well, `alpha`), or the best of them for the whole stream.
 
     On its own this is refusal ablation and can make a model less safe: measure before calling it a guard.
     """
     chosen = directions.only(layers)
     if scope == "shared":
         return SharedProjection(chosen.bases[best_layer(chosen)], strength)
+    if scope == "residual":
+        return ResidualProjection(chosen.bases, strength, alpha)
     return SublayerProjection(chosen.bases, strength)
 
 

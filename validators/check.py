@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ..export.checkpoint import Checkpoint
 from ..export.fold import Fold
+from ..export.onnx.layout import PRECISIONS
 from ..export.rounding import Rounding
 from ..export.writers import Family
 from ..guard.directions import auc
@@ -24,6 +27,8 @@ from .equivalence import Equivalence, compare
 from .integrity import Integrity, inspect_folder
 from .judge import Judge, PhraseJudge
 from .probes import Probes
+from .runner import Runner
+from .runtime import Runtime
 from .statistics import Rate
 from .verdict import Verdict, judge_guard
 
@@ -71,7 +76,8 @@ class Effects:
 class Evidence:
     """What was found, in the order in which it was looked for; a later part is None where an earlier one failed.
 
-    reference: the published two-pass form of the same directions, as hooks on the original.
+    reference: the published two-pass form of the same directions, as hooks on the original.  runtime: ONNX graphs
+    against torch, where there are some; in place of the equivalence where hooks are traced into them.
     """
 
     integrity: Integrity
@@ -82,11 +88,13 @@ class Evidence:
     effects: Effects | None = None
     verdict: Verdict | None = None
     samples: tuple[Sample, ...] = ()
+    runtime: Runtime | None = None
 
     @property
     def sound(self) -> bool:
         """Whether the folder is whole and equal to its hooks, whatever it does."""
-        return self.integrity.passed and self.equivalence is not None and self.equivalence.passed
+        shown = [part for part in (self.equivalence, self.runtime) if part is not None]
+        return self.integrity.passed and bool(shown) and all(part.passed for part in shown)
 
     @property
     def distance_to_reference(self) -> dict[ImageKind, float]:
@@ -103,12 +111,13 @@ class Evidence:
     @property
     def reasons(self) -> tuple[str, ...]:
         """Why the ruling is what it is; for an unsound folder, what is wrong with it."""
-        unsound = self.integrity.failures + (self.equivalence.failures if self.equivalence else ())
+        parts = (self.integrity, self.equivalence, self.runtime)
+        unsound = tuple(failure for part in parts if part for failure in part.failures)
         return unsound or (self.verdict.reasons if self.verdict else ())
 
     def figures(self) -> dict[str, Any]:
         """Everything measured, as JSON."""
-        parts = ("integrity", "equivalence", "original", "guarded", "reference", "effects", "verdict")
+        parts = ("integrity", "equivalence", "runtime", "original", "guarded", "reference", "effects", "verdict")
         found = {name: getattr(self, name) for name in parts}
         return {
             "ruling": self.ruling,
@@ -139,16 +148,64 @@ def examine(
     equivalence = compare(source, folded, guard, fold, rounding)
     if probes is None or not equivalence.passed:
         return Evidence(integrity, equivalence)
+    return _with_behaviour(Evidence(integrity, equivalence), source, folded, guard, probes, judge)
+
+
+def examine_hooked(source: Checkpoint, guard: Guard, probes: Probes | None, judge: Judge | None = None) -> Evidence:
+    """The evidence about `source` with `guard`'s hooks, which graphs shall hold: what it does. Nothing was folded."""
+    evidence = Evidence(Integrity(len(source.tensors), 0, (), "the original's own", ()), None)
+    return _with_behaviour(evidence, source, None, guard, probes, judge) if probes else evidence
+
+
+def with_graphs(
+    evidence: Evidence, runtime: Runtime, folder: Path, provider: str, probes: Probes | None, judge: Judge | None = None
+) -> Evidence:
+    """`evidence` with `runtime`, what is known of the graphs in `folder`. Formats too coarse to be equal to torch are
+    themselves asked `probes`, and fail unless they are safer than the original."""
+    if probes is None or evidence.original is None:
+        return replace(evidence, runtime=runtime)
+    formats = []
+    for each in runtime.formats:
+        precision = PRECISIONS[each.precision]
+        if math.isinf(precision.tolerance):
+            graphs = measure(
+                Runner(folder, precision, provider).vlm, probes, judge or PhraseJudge(probes.refusal), each.precision
+            )
+            verdict = judge_guard(evidence.original, graphs)
+            failures = () if verdict.ruling == "safer" else (f"{verdict.ruling}: {verdict.reasons[0]}",)
+            each = replace(each, verdict=verdict, failures=(*each.failures, *failures))
+        formats.append(each)
+    return replace(evidence, runtime=Runtime(tuple(formats)))
+
+
+def _with_behaviour(
+    evidence: Evidence,
+    source: Checkpoint,
+    folded: Checkpoint | None,
+    guard: Guard,
+    probes: Probes,
+    judge: Judge | None,
+) -> Evidence:
+    """`evidence` with the behaviour of `source` and of what is guarded: `folded`, or without it `source` with hooks."""
     judge = judge or PhraseJudge(probes.refusal)
     vlm = load(source.folder)
     original = measure(vlm, probes, judge, "original")
     reference = measure(vlm, probes, judge, "two-pass", Guard((guard.reference,))) if guard.reference else None
     effects = _effects(vlm, guard, probes)
-    del vlm  # one model at a time
-    guarded = measure(load(folded.folder), probes, judge, "guarded")
-    verdict = judge_guard(original, guarded)
-    samples = tuple(_samples(probes, original, guarded))
-    return Evidence(integrity, equivalence, original, guarded, reference, effects, verdict, samples)
+    if folded is None:
+        guarded = measure(vlm, probes, judge, "guarded", guard)
+    else:
+        del vlm  # one model at a time
+        guarded = measure(load(folded.folder), probes, judge, "guarded")
+    return replace(
+        evidence,
+        original=original,
+        guarded=guarded,
+        reference=reference,
+        effects=effects,
+        verdict=judge_guard(original, guarded),
+        samples=tuple(_samples(probes, original, guarded)),
+    )
 
 
 def _samples(probes: Probes, original: Behaviour, guarded: Behaviour) -> Iterator[Sample]:

@@ -75,7 +75,8 @@ def _sections(title: str, figures: Figures, guard: Figures, edits: Figures) -> I
     if gate and guard.get("scores"):
         scores = detector_histogram(guard["scores"], gate["t0"], gate["t1"])
         yield _section("The gate's detector", scores, _held_out(guard))
-    yield _section("Edited tensors per layer", edits_per_layer(edits))
+    if any(edits.values()):
+        yield _section("Edited tensors per layer", edits_per_layer(edits))
     if guard.get("selection"):
         yield _section("How the guard was chosen", _selection(guard["selection"]))
     if figures.get("samples"):

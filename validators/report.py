@@ -52,6 +52,14 @@ def _parts(evidence: Evidence) -> Iterator[RenderableType]:
                 f"{equal.approximate}",
                 style="yellow",
             )
+    for each in evidence.runtime.formats if evidence.runtime else ():
+        apart = max(each.prefill, each.decode)
+        yield Text(
+            f"onnx {each.precision:<7} {_word(not each.failures)}  on {each.device}: {apart:.1e} of the logits' scale "
+            f"from torch, {each.greedy:.1%} of {each.greedy_tokens} greedy tokens equal; "
+            f"{each.speed[0]:.0f} tokens/s (torch on cpu {each.speed[1]:.0f})"
+            + (f"; itself {each.verdict.ruling}" if each.verdict else "")
+        )
     if evidence.original and evidence.guarded:
         yield _table(evidence)
     if evidence.effects:

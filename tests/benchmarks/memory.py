@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -27,9 +28,8 @@ from guardfold.guard.interventions import SharedProjection, SublayerProjection
 SHARD_BYTES = 1.6e9
 
 
-def make(folder: Path, layers: int, vision_layers: int = 24) -> int:
-    """Writes the checkpoint, shard by shard, in the hub's key style; returns its size in bytes."""
-    folder.mkdir()
+def shape(layers: int, vision_layers: int = 24) -> Any:
+    """The config of a LLaVA-1.5 with `layers` decoder layers."""
     text = {
         "model_type": "llama",
         "vocab_size": 32064,
@@ -47,7 +47,7 @@ def make(folder: Path, layers: int, vision_layers: int = 24) -> int:
         image_size=336,
         patch_size=14,
     )
-    config = AutoConfig.for_model(
+    return AutoConfig.for_model(
         "llava",
         text_config=text,
         vision_config=vision.to_dict(),
@@ -57,6 +57,12 @@ def make(folder: Path, layers: int, vision_layers: int = 24) -> int:
         tie_word_embeddings=False,
         architectures=["LlavaForConditionalGeneration"],
     )
+
+
+def make(folder: Path, layers: int, vision_layers: int = 24) -> int:
+    """Writes the checkpoint, shard by shard, in the hub's key style; returns its size in bytes."""
+    folder.mkdir()
+    config = shape(layers, vision_layers)
     config.save_pretrained(folder)
     with init_empty_weights():
         model = AutoModelForImageTextToText.from_config(config)
@@ -72,7 +78,7 @@ def make(folder: Path, layers: int, vision_layers: int = 24) -> int:
 
     for name, parameter in model.named_parameters():
         tensor = torch.ones(parameter.shape, dtype=torch.bfloat16)
-        shard[_legacy(name)] = tensor.normal_(0, 0.02) if parameter.ndim > 1 else tensor
+        shard[legacy(name)] = tensor.normal_(0, 0.02) if parameter.ndim > 1 else tensor
         total += 2 * tensor.numel()
         if sum(2 * each.numel() for each in shard.values()) > SHARD_BYTES:
             flush()
@@ -82,7 +88,7 @@ def make(folder: Path, layers: int, vision_layers: int = 24) -> int:
     return total
 
 
-def _legacy(name: str) -> str:
+def legacy(name: str) -> str:
     name = name.removeprefix("model.")
     if name.startswith("language_model."):
         return "language_model.model." + name.removeprefix("language_model.")

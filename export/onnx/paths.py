@@ -1,0 +1,31 @@
+"""Which vision path a family takes, by its outer model type."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from ...guard.errors import InputError
+from .grids import DeepGrid, Grid, Native, WindowedGrid
+from .vision import Boxed, Prefixed, Shuffled, Tiled, VisionPath
+
+PATHS: dict[str, type[VisionPath]] = {
+    "llava": VisionPath,
+    "vipllava": VisionPath,
+    "llava_next": Tiled,
+    "idefics3": Boxed,
+    "smolvlm": Boxed,
+    "paligemma": Prefixed,
+    "internvl": Shuffled,
+    "mistral3": Native,
+    "qwen2_vl": Grid,
+    "qwen2_5_vl": WindowedGrid,
+    "qwen3_vl": DeepGrid,
+}
+
+
+def path_of(model: PreTrainedModel) -> VisionPath:
+    """The vision path of `model`; InputError naming its type if it has none."""
+    kind = model.config.model_type
+    if kind not in PATHS:
+        raise InputError(f"--format onnx: family {kind!r} has no ONNX graphs yet; known: {', '.join(sorted(PATHS))}")
+    return PATHS[kind](model)
