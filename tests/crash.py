@@ -89,7 +89,7 @@ def killed_exports(scratch: Path, shards: str, times: int, seed: int) -> tuple[i
         if not overwrite:
             remove(output)
         was_whole = output.exists()
-        child = forked(lambda overwrite=overwrite: export(model, guard, output, overwrite))  # type: ignore[misc]
+        child = forked(lambda overwrite=overwrite: export(model, guard, output, overwrite))
         time.sleep(draw.uniform(0, 1.1 * whole))
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)

@@ -82,7 +82,7 @@ def test_the_direction_is_gone_and_the_weights_hardly_differ(
     kind: type[_Rounded], width: int, rank: int, dtype: torch.dtype
 ) -> None:
     sizes = (width, 96) if kind is rows else (96, width)
-    made = kind(*sizes, rank, dtype)  # type: ignore[call-arg, arg-type]
+    made = kind(*sizes, rank, dtype)  # type: ignore[arg-type]
     assert made.leak(made.nearest) >= (1e-3 if dtype == torch.bfloat16 else 1e-4)
     assert made.leak(made.repaired) <= 1e-5
     assert made.more_error <= 0.05
@@ -103,7 +103,7 @@ def test_repair_never_leaves_more_than_the_leak_detector_allows_nor_moves_an_ent
 ) -> None:
     width = 16 * rank * times
     sizes = (width, count) if kind is rows else (count, width)
-    made = kind(*sizes, rank, dtype, seed, strength)  # type: ignore[call-arg, arg-type]
+    made = kind(*sizes, rank, dtype, seed, strength)  # type: ignore[arg-type]
     name = "BF16" if dtype == torch.bfloat16 else "F16"
     scale = max(1.0, (rank / width) ** 0.5 * float(made.exact.norm()) / made.component)
     assert made.leak(made.repaired) / scale <= tensor_tolerance(name, [ProjectRows(made.basis, 1.0)], "repair")
