@@ -126,6 +126,7 @@ def test_the_manifest_holds_the_hash_of_every_file_and_says_not_verified(source:
     assert manifest["files"] == {name: d for name, d in contents(result.folder).items() if name != "guardfold.json"}
     assert (manifest["verified"], manifest["status"], manifest["verdict"]) == (False, "NOT VERIFIED", "not measured")
     assert manifest["source"] == {"model": "model", "revision": None}
+    assert manifest["rounding"] == manifest["figures"]["equivalence"]["rounding"] == "repair"
     assert manifest["guard"]["sha256"] == GUARD.hash
     assert manifest["guard"]["interventions"] == json.loads(json.dumps(GUARD.describe()))
     assert manifest["guard"]["provenance"] == {"made": "by hand"}
@@ -166,6 +167,7 @@ def test_the_card_has_front_matter_with_the_licence_of_the_base(
     assert body[0].startswith("# model")
     assert body[2].startswith("**NOT VERIFIED.**")
     assert "Behaviour was not measured." in text
+    assert "can be removed by whoever holds the weights, and is not adversarially robust" in text
     assert "sublayer-projection" in text
 
 
