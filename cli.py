@@ -114,6 +114,14 @@ JudgeOption = Annotated[
         "Default: by refusal phrases.",
     ),
 ]
+FamilyFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--family",
+        help="A file that says what writes to the residual stream, for a family that has no row of its own; "
+        "`guardfold inspect MODEL --trace` makes one.",
+    ),
+]
 SkipBehaviour = Annotated[
     bool,
     typer.Option(
@@ -173,12 +181,17 @@ def export(
     placement: PlacementOption = "recycle",
     anchors: Anchors = None,
     benign: Benign = None,
+    family: FamilyFile = None,
     probes: Probes = None,
     qa: QA = None,
     judge: JudgeOption = None,
     skip_behaviour: SkipBehaviour = False,
     allow_weaker: Annotated[
         bool, typer.Option("--allow-weaker", help="Publish even if not safer, marked NOT VERIFIED. For research.")
+    ] = False,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="Refuse a fold that is approximate by nature (a shared one under post-norms)."),
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing output folder, if guardfold wrote it.")
@@ -196,8 +209,7 @@ def export(
     from .export.rounding import ROUNDINGS
     from .pipeline import export_guarded
 
-    _quiet_libraries()
-
+    _begin(model)
     _check_choices(("rounding", rounding, ROUNDINGS), ("link", link, LINKS))
     options = _options(
         guard=guard,
@@ -209,6 +221,7 @@ def export(
         placement=placement,
         anchors=anchors,
         benign=benign,
+        family=family,
     )
     result = export_guarded(
         model,
@@ -219,6 +232,7 @@ def export(
         judge=judge,
         skip_behaviour=skip_behaviour,
         allow_weaker=allow_weaker,
+        strict=strict,
         overwrite=overwrite,
         writing=Writing(jobs, cast(Any, rounding), cast(Any, link)),
     )
@@ -239,6 +253,7 @@ def extract(
     placement: PlacementOption = "recycle",
     anchors: Anchors = None,
     benign: Benign = None,
+    family: FamilyFile = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
     """Extract a guard from a model and write it to a file, without touching the model.
@@ -248,8 +263,7 @@ def extract(
     from .pipeline import extract_to
     from .validators.report import directions_table
 
-    _quiet_libraries()
-
+    _begin(model)
     made = extract_to(
         output,
         model,
@@ -263,6 +277,7 @@ def extract(
             placement=placement,
             anchors=anchors,
             benign=benign,
+            family=family,
         ),
         overwrite=overwrite,
     )
@@ -278,6 +293,7 @@ def check(
     qa: QA = None,
     judge: JudgeOption = None,
     skip_behaviour: SkipBehaviour = False,
+    family: FamilyFile = None,
 ) -> None:
     """Measure a guarded folder afresh against the model it was made from.
 
@@ -285,23 +301,37 @@ def check(
     """
     from .pipeline import check_guarded
 
-    _quiet_libraries()
-
-    evidence = check_guarded(folder, against, probes=probes, qa=qa, judge=judge, skip_behaviour=skip_behaviour)
+    _begin(against)
+    evidence = check_guarded(
+        folder, against, probes=probes, qa=qa, judge=judge, skip_behaviour=skip_behaviour, family_file=family
+    )
     _show(evidence)
     if not evidence.sound or not (skip_behaviour or evidence.ruling == "safer"):
         raise typer.Exit(3)
 
 
 @app.command()
-def inspect(model: Annotated[str, typer.Argument(help=MODEL_HELP)]) -> None:
+def inspect(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    trace: Annotated[
+        bool,
+        typer.Option(
+            "--trace",
+            help="Print a family file instead, found by running the model's class without its weights: save it, and "
+            "pass it to --family.",
+        ),
+    ] = False,
+    family: FamilyFile = None,
+) -> None:
     """Say what a model is and which of its tensors write to the residual stream, from config and headers alone."""
-    from .pipeline import inspect_model
+    from .pipeline import inspect_model, trace_family
     from .validators.report import family_table
 
-    _quiet_libraries()
-
-    _print(family_table(*inspect_model(model)))
+    _begin(model)
+    if trace:
+        typer.echo(trace_family(model), nl=False)
+    else:
+        _print(family_table(*inspect_model(model, family)))
 
 
 def _options(**given: Any) -> GuardOptions:
@@ -332,15 +362,19 @@ def _print(what: RenderableType) -> None:
     Console().print(what)
 
 
-def _quiet_libraries() -> None:
-    """Progress bars and remarks of the libraries below would interrupt ours."""
+def _begin(model: str) -> None:
+    """Says which hub id an alias stands for; progress bars and remarks of the libraries below would interrupt ours."""
     from huggingface_hub.utils import disable_progress_bars
     from transformers.utils import logging
+
+    from .guard.vlm import ALIASES
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if not sys.stderr.isatty():
         disable_progress_bars()
+    if model in ALIASES and not Path(model).is_dir():
+        print(f"{model}: {ALIASES[model]}", file=sys.stderr)
 
 
 def _one_line(error: BaseException) -> str:

@@ -16,6 +16,7 @@ from .export.companions import copy_companions
 from .export.fold import Placement, fold
 from .export.rewrite import Writing, rewrite
 from .export.staging import check_room, staging
+from .export.tracer import as_toml, family_rows, hollow
 from .export.writers import Family, family_of
 from .guard.calibration import BUILT_IN_BENIGN, Part, Role, deal, examples, load_benign
 from .guard.directions import Directions, extract
@@ -38,7 +39,8 @@ from .guard.presets import (
 from .guard.progress import bar
 from .guard.prompts import BUILT_IN_ANCHORS, beside, load_anchors
 from .guard.transcripts import Usage
-from .guard.vlm import VLM, load, mlp_parts, resolve, threads_for
+from .guard.vlm import VLM, load, meta_model, mlp_parts, resolve, threads_for
+from .validators.batches import comparison_batches
 from .validators.check import Evidence, examine
 from .validators.judge import ModelJudge, PhraseJudge
 from .validators.measures import markdown
@@ -57,9 +59,10 @@ class GuardOptions:
     """Which guard: a guard file, or a preset with where it acts, how strongly, and from what it is made.
 
     guard: a file, or auto, vlm-guard, gate, projection.  scope, rank: of the projection.  layers, strength: of the
-    projection; None lets validation choose (the preset projection takes the last quarter in full).
-    false_positive_rate: share of harmless positions that reach t0; None lets validation choose.  placement: recycle
-    overwrites the least used neurons, widen adds some.  beta: steepness of the gate's corners.
+    projection; None lets validation choose (the preset projection takes the last quarter in full). false_positive_rate:
+    share of harmless positions that reach t0; None lets validation choose.  placement: recycle overwrites the least
+    used neurons, widen adds some.  beta: steepness of the gate's corners.  family: a file that says what writes to the
+    residual stream in a family that has no row.
     """
 
     guard: str = DEFAULT_PRESET
@@ -72,6 +75,7 @@ class GuardOptions:
     beta: float = 256.0
     anchors: Path | None = None
     benign: Path | None = None
+    family: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ def _made(folder: Path, name: str, options: GuardOptions) -> Guard:
     anchors = load_anchors(options.anchors or beside(folder, "anchors.jsonl") or BUILT_IN_ANCHORS)
     if options.rank > min(len(anchors), MAX_ANCHORS):
         raise InputError(f"--rank {options.rank}: more than the {min(len(anchors), MAX_ANCHORS)} anchor pairs")
-    family = family_of(Checkpoint.open(folder))
+    family = family_of(Checkpoint.open(folder), options.family)
     layers = parse_layers(options.layers, family.layers) if options.layers else None
     vlm = load(folder)
     provenance = {
@@ -229,6 +233,7 @@ def export_guarded(
     judge: str | None = None,
     skip_behaviour: bool = False,
     allow_weaker: bool = False,
+    strict: bool = False,
     overwrite: bool = False,
     writing: Writing | None = None,
 ) -> Export:
@@ -236,13 +241,15 @@ def export_guarded(
 
     probes, qa: files that replace the model's own or the built-in ones.  skip_behaviour: measure nothing but soundness
     and equality; the manifest says NOT VERIFIED.  allow_weaker: publish whatever the verdict; the manifest and the card
-    say NOT VERIFIED.  overwrite: replace `output`, if guardfold wrote it.  writing: threads, rounding, links.
-    Raises InputError for what cannot be used, and NotSafer, leaving nothing behind, if the result is not safer or not
-    equal to its hooks (the latter is never published).
+    say NOT VERIFIED.  strict: refuse a fold that is approximate by nature (under post-norms).  overwrite: replace
+    `output`, if guardfold wrote it.  writing: threads, rounding, links.  Raises InputError for what cannot be used, and
+    NotSafer, leaving nothing behind, if the result is not safer or not equal to its hooks (the latter is never
+    published).
     """
+    options = options or GuardOptions()
     folder, name = resolve(model)
     source, checkpoint = Source(name, folder), Checkpoint.open(folder)
-    family = family_of(checkpoint)
+    family = family_of(checkpoint, options.family)
     asked = None if skip_behaviour else load_probes(folder, probes, qa)
     decides = ModelJudge(judge) if judge else None
     target = Path(output) if output else Path(f"{name.rpartition('/')[2]}-guarded")
@@ -253,7 +260,9 @@ def export_guarded(
         if writing.link != "hard":
             check_room(target.parent, checkpoint.data_bytes)
         guard = extract_guard(model, options)
-        edits = fold(guard, family, checkpoint.shapes)
+        edits = fold(guard, family, checkpoint.shapes, checkpoint.read)
+        if strict and edits.approximate:
+            raise Refused(f"--strict: {family.model_type}: {edits.approximate}; use --scope sublayers")
         with _writing(checkpoint) as advance:
             rewrite(checkpoint, family, edits, stage, advance, writing)
         copy_companions(folder, stage)
@@ -282,6 +291,7 @@ def check_guarded(
     qa: Path | None = None,
     judge: str | None = None,
     skip_behaviour: bool = False,
+    family_file: Path | None = None,
 ) -> Evidence:
     """The evidence about the guarded `folder`, measured afresh against the model that it was made from.
 
@@ -289,9 +299,9 @@ def check_guarded(
     """
     origin, _ = resolve(against)
     checkpoint = Checkpoint.open(origin)
-    family = family_of(checkpoint)
+    family = family_of(checkpoint, family_file)
     guard = Guard.load(folder / GUARD_FILE)
-    edits = fold(guard, family, checkpoint.shapes)
+    edits = fold(guard, family, checkpoint.shapes, checkpoint.read)
     rounding = written_rounding(folder)
     asked = None if skip_behaviour else load_probes(origin, probes, qa)
     decides = ModelJudge(judge) if judge else None
@@ -299,11 +309,26 @@ def check_guarded(
         return examine(checkpoint, Checkpoint.open(folder), family, guard, edits, rounding, asked, decides)
 
 
-def inspect_model(model: str) -> tuple[Checkpoint, Family]:
+def inspect_model(model: str, family_file: Path | None = None) -> tuple[Checkpoint, Family]:
     """The checkpoint and family of `model`, from its config and headers alone. Raises InputError if unsupported."""
     folder, _ = resolve(model)
     checkpoint = Checkpoint.open(folder)
-    return checkpoint, family_of(checkpoint)
+    return checkpoint, family_of(checkpoint, family_file)
+
+
+def trace_family(model: str) -> str:
+    """A family file that says what writes to the residual stream of `model`, found by running its class, without its
+    weights, on a text and a picture. Raises InputError if transformers cannot build or run it.
+    """
+    folder, name = resolve(model)
+    built = hollow(meta_model(folder))
+    with bar() as progress:
+        progress.add_task("tracing", total=None)
+        batches = comparison_batches(built, folder)
+        if not batches:
+            raise InputError(f"{folder}: no prompt that its class runs; add the model's processor to the folder")
+        rows = family_rows(built, batches)
+    return f"# Traced from {name} on: {', '.join(batches)}.\n{as_toml(rows)}"
 
 
 @contextmanager

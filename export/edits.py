@@ -43,39 +43,76 @@ class Edit(Protocol):
 
 
 @dataclass
-class ProjectRows:
-    """W - strength V^T (V W) for W [d, ...], rows indexed by the residual stream: o_proj, down_proj, biases."""
+class _Projection:
+    """Takes `strength` of span(basis) out of what a tensor writes: y - strength (y V^T) V for what it writes, y.
+
+    Under a post-norm, D y / rms(y), the component that reaches the stream is (D y) V^T. `gain` D, [d], makes the
+    projection oblique, y - strength ((D y) V^T) (V D^-1): the stream gets none of it, but rms(y) has changed.
+    """
 
     basis: Tensor
     strength: float
+    gain: Tensor | None = None
+
+    @property
+    def reading(self) -> Tensor:
+        """V D, [m, d]: what times y is the component."""
+        return self.basis if self.gain is None else self.basis * self.gain
+
+    @property
+    def writing(self) -> Tensor:
+        """V D^-1, [m, d]: what the component is taken out along."""
+        return self.basis if self.gain is None else self.basis / self.gain
+
+
+@dataclass
+class ProjectRows(_Projection):
+    """W - strength V^T (V W) for W [d, ...], rows indexed by the residual stream: o_proj, down_proj, biases."""
+
     two_pass = True
     component: Tensor | None = None
-    """V W, summed up over the blocks seen so far, [m, ...]."""
+    """V W (V D W under a post-norm), summed up over the blocks seen so far, [m, ...]."""
 
     def observe(self, block: Tensor, first: int) -> None:
-        part = torch.tensordot(self.basis[:, first : first + len(block)].to(block), block, 1)
+        part = torch.tensordot(self.reading[:, first : first + len(block)].to(block), block, 1)
         self.component = part if self.component is None else self.component + part
 
     def apply(self, block: Tensor, first: int) -> Tensor:
         assert self.component is not None, "apply before observe"
-        rows = self.basis[:, first : first + len(block)].to(block)
+        rows = self.writing[:, first : first + len(block)].to(block)
         return block - self.strength * torch.tensordot(rows.T, self.component, 1)
 
 
 @dataclass
-class ProjectColumns:
-    """W - strength (W V^T) V for W [..., d], columns indexed by the residual stream: embedding tables."""
+class ProjectColumns(_Projection):
+    """W - strength (W V^T) V for W [..., d], columns indexed by the residual stream: embedding tables, experts [E, n,
+    d].
+    """
 
-    basis: Tensor
-    strength: float
     two_pass = False
 
     def observe(self, block: Tensor, first: int) -> None:
         """Nothing: each row is projected on its own."""
 
     def apply(self, block: Tensor, first: int) -> Tensor:
-        basis = self.basis.to(block)
-        return block - self.strength * (block @ basis.T) @ basis
+        return block - self.strength * (block @ self.reading.to(block).T) @ self.writing.to(block)
+
+
+@dataclass
+class ProjectSlices(_Projection):
+    """W_e - strength V^T (V W_e) for each slice of W [E, d, n] along its first axis: stacked experts."""
+
+    two_pass = False
+
+    def observe(self, block: Tensor, first: int) -> None:
+        """Nothing: each slice is projected on its own."""
+
+    def apply(self, block: Tensor, first: int) -> Tensor:
+        return block - self.strength * self.writing.to(block).T @ (self.reading.to(block) @ block)
+
+
+Projecting = ProjectRows | ProjectColumns | ProjectSlices
+"""The edits that take a direction out of what a tensor writes."""
 
 
 @dataclass(frozen=True)
@@ -114,10 +151,12 @@ class SetColumns:
 
 
 def written_along(edits: Sequence[Edit]) -> tuple[Tensor, int] | None:
-    """(V, axis) of the projections among `edits`, their bases one below the other; None if there are none."""
-    axes = {ProjectRows: 0, ProjectColumns: -1}
-    found = [(edit.basis, axes[type(edit)]) for edit in edits if isinstance(edit, ProjectRows | ProjectColumns)]
-    return (torch.cat([basis for basis, _ in found]), found[0][1]) if found else None
+    """(V, axis) of the projections among `edits`: what reads their components, [m, d] float32, one below the other, and
+    the axis of the tensor that is d long; None if there are none.
+    """
+    axes: dict[type, int] = {ProjectRows: 0, ProjectColumns: -1, ProjectSlices: 1}
+    found = [edit for edit in edits if isinstance(edit, Projecting)]
+    return (torch.cat([edit.reading for edit in found]).float(), axes[type(found[0])]) if found else None
 
 
 def row_blocks(shape: Sequence[int], size: int = BLOCK_BYTES) -> list[tuple[int, int]]:

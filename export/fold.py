@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -12,15 +12,21 @@ from torch import Tensor
 from ..guard.errors import InputError
 from ..guard.guard import Guard, Intervention
 from ..guard.interventions import NEURONS, Gate, SharedProjection, SublayerProjection
-from .edits import Edit, ProjectColumns, ProjectRows, SetColumns, SetRows
-from .writers import Family, Writer
+from .edits import Edit, ProjectColumns, Projecting, ProjectRows, ProjectSlices, SetColumns, SetRows
+from .writers import Family, PostNorm, Writer
 
 Placement = Literal["recycle", "widen"]
 PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 WIDEN_BY = 256
 """A widened MLP grows by this many neurons, so that what was divisible by 256 stays so; all but the gate's are zero."""
 
+SMALLEST_GAIN = 1e-3
+"""A post-norm whose gains span more than this (least to largest) is not folded: what is divided by them would explode.
+"""
+
 Shape = tuple[int, ...]
+Read = Callable[[str], Tensor]
+"""Tensor's name on disk -> the tensor."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,7 @@ class Fold:
     grown: tensor -> the shape it gets, padded with zeros.
     new: tensor (zeros before its edits, its shape in `grown`) -> the tensor whose dtype and shard it takes.
     text_config: what changes in the text model's config.
+    approximate: why the edits are not equal to the hooks, one line; None where they are.
     """
 
     edits: Mapping[str, Sequence[Edit]]
@@ -39,6 +46,7 @@ class Fold:
     grown: Mapping[str, Shape] = field(default_factory=dict)
     new: Mapping[str, str] = field(default_factory=dict)
     text_config: Mapping[str, Any] = field(default_factory=dict)
+    approximate: str | None = None
 
     @property
     def changed(self) -> set[str]:
@@ -47,7 +55,6 @@ class Fold:
 
     def per_layer(self, family: Family) -> dict[str, dict[str, int]]:
         """Layer (or "other") -> kind of edit -> number of tensors that have it, for every layer of the model."""
-        kinds = {ProjectRows: "projection", ProjectColumns: "projection", SetRows: "gate", SetColumns: "gate"}
         of_layer = {writer.disk: str(writer.layer) for writer in family.writers if writer.layer is not None}
         for layer, mlp in family.mlps.items():
             weights = (*mlp.reading, mlp.down)
@@ -55,25 +62,29 @@ class Fold:
         counts: dict[str, dict[str, int]] = {str(layer): {} for layer in range(family.layers)}
         for name, edits in self.edits.items():
             table = counts.setdefault(of_layer.get(name, "other"), {})
-            for kind in {kinds[type(edit)] for edit in edits}:
+            for kind in {"projection" if isinstance(edit, Projecting) else "gate" for edit in edits}:
                 table[kind] = table.get(kind, 0) + 1
         return counts
 
 
-def fold(guard: Guard, family: Family, shapes: Mapping[str, Shape]) -> Fold:
+def fold(guard: Guard, family: Family, shapes: Mapping[str, Shape], read: Read | None = None) -> Fold:
     """The edits that make `family`'s checkpoint equal to the model with `guard`'s hooks attached.
 
-    shapes: tensor's name on disk -> shape.  Raises InputError if an intervention does not fit the model or cannot be
-    held by weights.
+    shapes: tensor's name on disk -> shape.  read: gives the gains of post-norms, where the family has any.  Raises
+    InputError if an intervention does not fit the model or cannot be held by weights.
     """
     guard.check_fits(family.layers, family.width)
     widened = _widen(guard, family, shapes)
     edits: dict[str, list[Edit]] = {}
     for each in guard.interventions:
-        for name, edit in _edits(each, family, {**shapes, **widened.grown}):
+        for name, edit in _edits(each, family, {**shapes, **widened.grown}, read):
             edits.setdefault(name, []).append(edit)
     untie = family.tied and family.embedding in edits
-    return Fold(edits, untie, widened.grown, widened.new, widened.text_config)
+    oblique = any(isinstance(edit, Projecting) and edit.gain is not None for each in edits.values() for edit in each)
+    return Fold(edits, untie, widened.grown, widened.new, widened.text_config, OBLIQUE if oblique else None)
+
+
+OBLIQUE = "norms after the sublayers rescale what a projection leaves; no weights equal it (oblique fold, leak-free)"
 
 
 def _widen(guard: Guard, family: Family, shapes: Mapping[str, Shape]) -> Fold:
@@ -104,32 +115,41 @@ def _widen(guard: Guard, family: Family, shapes: Mapping[str, Shape]) -> Fold:
     return Fold({}, grown=grown, new=new, text_config=config)
 
 
-def _edits(each: Intervention, family: Family, shapes: Mapping[str, Shape]) -> Iterator[tuple[str, Edit]]:
+def _edits(
+    each: Intervention, family: Family, shapes: Mapping[str, Shape], read: Read | None
+) -> Iterator[tuple[str, Edit]]:
     """(tensor's name on disk, edit) for every tensor that `each` changes."""
     if isinstance(each, SublayerProjection):
         for writer in family.writers:
             if writer.layer is not None and writer.layer in each.bases:
                 yield writer.disk, _project(writer, shapes[writer.disk], each.bases[writer.layer], each.strength)
     elif isinstance(each, SharedProjection):
-        if not family.pre_norm:
-            raise InputError(
-                f"{each.kind}: {family.text_model_type} norms what its layers write: no edit of the writers is exact; "
-                "use --scope sublayers"
-            )
+        if family.obstacles:
+            raise InputError(f"{each.kind}: {family.model_type}: {family.obstacles[0]}; use --scope sublayers")
         for writer in family.writers:
-            yield writer.disk, _project(writer, shapes[writer.disk], each.basis, each.strength)
+            gain = _gain(writer.post_norm, read) if writer.post_norm else None
+            yield writer.disk, _project(writer, shapes[writer.disk], each.basis, each.strength, gain)
     elif isinstance(each, Gate):
         yield from _gate_edits(each, family, shapes)
     else:
         raise InputError(f"{each.kind}: weights cannot hold it; it runs with hooks only")
 
 
-def _project(writer: Writer, shape: Shape, basis: Tensor, strength: float) -> Edit:
-    if writer.axis == 0:
-        return ProjectRows(basis, strength)
-    if writer.axis == len(shape) - 1:
-        return ProjectColumns(basis, strength)
-    raise InputError(f"{writer.disk}: cannot fold along axis {writer.axis} of {list(shape)}")
+def _project(writer: Writer, shape: Shape, basis: Tensor, strength: float, gain: Tensor | None = None) -> Edit:
+    kinds = {0: ProjectRows, len(shape) - 1: ProjectColumns} | ({1: ProjectSlices} if len(shape) == 3 else {})
+    if writer.axis not in kinds:
+        raise InputError(f"{writer.disk}: cannot fold along axis {writer.axis} of {list(shape)}")
+    return (ProjectRows if writer.axis == 0 else kinds[writer.axis])(basis, strength, gain)
+
+
+def _gain(norm: PostNorm, read: Read | None) -> Tensor:
+    assert read is not None, "a fold under post-norms reads their gains"
+    if norm.tensor is None:
+        return torch.ones(1, dtype=torch.float64)
+    gain = read(norm.tensor).double() + norm.offset
+    if not gain.abs().min() > SMALLEST_GAIN * gain.abs().max():
+        raise InputError(f"{norm.tensor}: gains next to zero; what is written before it cannot be folded")
+    return gain
 
 
 @dataclass(frozen=True)
@@ -148,13 +168,13 @@ class GateNeurons:
 
     @classmethod
     def of(cls, gate: Gate, gated: bool) -> GateNeurons:
-        t = torch.tensor([gate.t0, gate.t1])
-        u = gate.detector.expand(NEURONS, -1)
+        t = torch.tensor([gate.t0, gate.t1], dtype=torch.float64)
+        u = gate.detector.double().expand(NEURONS, -1)
         zero, sign = torch.zeros_like(u), torch.tensor([[1.0], [-1.0]])
-        down = sign * gate.column / (gate.t1 - gate.t0) / (1.0 if gated else gate.beta)
+        down = sign * gate.column.double() / (gate.t1 - gate.t0) / (1.0 if gated else gate.beta)
         if gate.unit is None:
-            return cls(gate.beta * u, -gate.beta * t, zero, torch.full((NEURONS,), 1 / gate.beta), down)
-        k = gate.unit.expand(NEURONS, -1)
+            return cls(gate.beta * u, -gate.beta * t, zero, torch.full_like(t, 1 / gate.beta), down)
+        k = gate.unit.double().expand(NEURONS, -1)
         return cls(gate.beta * (u - t[:, None] * k), torch.zeros(NEURONS), k / gate.beta, torch.zeros(NEURONS), down)
 
 

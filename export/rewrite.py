@@ -85,19 +85,21 @@ def rewrite(
         shard.check_unchanged()
     if checkpoint.index is not None:
         _write_json(target / INDEX_FILE, _new_index(checkpoint.index, plans))
-    _write_json(target / "config.json", _new_config(checkpoint.config, fold, family.embedding in fold.edits))
+    _write_json(target / "config.json", _new_config(checkpoint.config, family, fold))
 
 
 def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _new_config(config: Mapping[str, Any], fold: Fold, untied: bool) -> Mapping[str, Any]:
-    text = {**fold.text_config, **({"tie_word_embeddings": False} if untied else {})}
+def _new_config(config: Mapping[str, Any], family: Family, fold: Fold) -> Mapping[str, Any]:
+    tie = {"tie_word_embeddings": False} if family.embedding in fold.edits else {}
+    text = {**fold.text_config, **tie}
     if not text:
         return config
-    changed = {**config, "text_config": {**config.get("text_config", {}), **text}}
-    return {**changed, "tie_word_embeddings": False} if untied else changed
+    if family.text_config_key is None:
+        return {**config, **text}
+    return {**config, family.text_config_key: {**config.get(family.text_config_key, {}), **text}, **tie}
 
 
 @dataclass(frozen=True)

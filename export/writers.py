@@ -6,21 +6,33 @@ LLaVA around any known decoder resolves, and one around an unknown decoder is re
 
 from __future__ import annotations
 
+import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, get_args
 
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..guard.errors import InputError
-from ..guard.vlm import meta_model
+from ..guard.vlm import decoder, decoder_layers, meta_model
 from .checkpoint import EDITABLE, QUANTISED, Checkpoint
-from .names import disk_name, memory_to_disk
+from .names import Layout
 
-Role = Literal["embedding", "vision", "attention", "mlp"]
+Role = Literal["embedding", "vision", "audio", "attention", "mlp"]
+MAX_FAMILY_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class PostNorm:
+    """The norm between a writer and the residual stream: y = gain x / rms(x), gain = `tensor` + `offset`, or 1."""
+
+    tensor: str | None
+    offset: float
 
 
 @dataclass(frozen=True)
@@ -32,6 +44,7 @@ class Writer:
     memory: str
     disk: str
     axis: int
+    post_norm: PostNorm | None = None
 
 
 @dataclass(frozen=True)
@@ -55,18 +68,19 @@ class MLP:
 
 @dataclass(frozen=True)
 class Family:
-    """What is known of a model before any weight is read: its writers on disk, its head, and whether it is pre-norm."""
+    """What is known of a model before any weight is read: its writers on disk, its head, and what cannot be folded."""
 
     model_type: str
     text_model_type: str
     layers: int
     width: int
-    pre_norm: bool
     writers: tuple[Writer, ...]
     mlps: Mapping[int, MLP]
-    """Layer -> its MLP, for the layers that have a dense one."""
+    """Layer -> its dense MLP or shared expert, for the layers that have one."""
     bias_flag: str | None
     """The text config's entry that gives every MLP biases, where the family has one."""
+    text_config_key: str | None
+    """The entry of config.json that is the text model's config; None where config.json is that itself."""
     neurons_key: str
     """The text config's entry that counts an MLP's neurons."""
     embedding: str
@@ -74,110 +88,267 @@ class Family:
     """The head's tensor on disk; None where the checkpoint has none and the embedding serves as head (tied)."""
     untied_head: str
     """What the head's tensor is called on disk once it has one of its own."""
+    obstacles: tuple[str, ...]
+    """Why the residual stream as a whole cannot be projected in weights; empty where it can."""
 
     @property
     def tied(self) -> bool:
         return self.head is None
 
+    @property
+    def pre_norm(self) -> bool:
+        """Whether nothing stands between its writers and the residual stream, so that a shared fold is exact."""
+        return all(writer.post_norm is None for writer in self.writers)
 
-@cache
-def _families() -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
-    text, outer = {}, {}
-    for path in sorted((files("guardfold.export") / "families").iterdir(), key=lambda path: path.name):
-        row = tomllib.loads(path.read_text(encoding="utf-8"))
-        text.update(dict.fromkeys(row.get("text_model_types", []), row))
-        outer.update(dict.fromkeys(row.get("model_types", []), row))
-    return text, outer
+    @property
+    def verdict(self) -> str:
+        """What a projection of the whole residual stream is in its weights: exact, approximate or refused."""
+        if self.obstacles:
+            return f"refused: {'; '.join(self.obstacles)}"
+        if not self.pre_norm:
+            return "approximate: leak-free, but norms after the sublayers rescale what is left (oblique fold)"
+        return "exact after untying" if self.tied else "exact"
 
 
-def family_of(checkpoint: Checkpoint) -> Family:
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of families: by text model type, what the layers write; by model type, what everything else writes."""
+
+    text: Mapping[str, Row]
+    vision: Mapping[str, Row]
+
+    @classmethod
+    @cache
+    def built_in(cls) -> Table:
+        table = cls({}, {})
+        for path in sorted((files("guardfold.export") / "families").iterdir(), key=lambda path: path.name):
+            table = table.with_rows(tomllib.loads(path.read_text(encoding="utf-8")))
+        return table
+
+    def with_rows(self, rows: Row) -> Table:
+        """This table and the rows of one family file, which go first."""
+        found: dict[str, dict[str, Row]] = {
+            part: {str(name): rows[part] for name in rows[part]["model_types"]}
+            for part in ("text", "vision")
+            if part in rows
+        }
+        return Table({**self.text, **found.get("text", {})}, {**self.vision, **found.get("vision", {})})
+
+    def with_file(self, path: Path) -> Table:
+        """This table and the rows of the user's file `path`. InputError if it is not a family file."""
+        try:
+            if path.stat().st_size > MAX_FAMILY_BYTES:
+                raise InputError(f"{path}: larger than {MAX_FAMILY_BYTES} bytes; not a family file")
+            rows = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: not a family file ({error})") from error
+        _check_rows(path, rows)
+        return self.with_rows(rows)
+
+
+def _check_rows(path: Path, rows: Row) -> None:
+    if not rows or not set(rows) <= {"text", "vision"}:
+        raise InputError(f"{path}: needs [text] or [vision], and nothing else")
+    for part, row in rows.items():
+        types, writers = row.get("model_types"), row.get("writer", [])
+        if not isinstance(types, list) or not types or not all(isinstance(each, str) for each in types):
+            raise InputError(f"{path}: [{part}] needs model_types, a list of names")
+        for writer in writers:
+            names = [writer[key] for key in ("module", "parameter") if key in writer]
+            if writer.get("role") not in get_args(Role) or len(names) != 1 or not isinstance(names[0], str):
+                raise InputError(
+                    f"{path}: a writer of [{part}] needs a role ({', '.join(get_args(Role))}) and a module "
+                    "or a parameter"
+                )
+            if not isinstance(writer.get("axis", 0), int) or not 0 <= writer.get("axis", 0) <= 2:
+                raise InputError(f"{path}: {names[0]}: axis {writer['axis']!r} is not 0, 1 or 2")
+
+
+def family_of(checkpoint: Checkpoint, family_file: Path | None = None) -> Family:
     """The family of `checkpoint` with every writer found on disk. No weights are read.
 
-    Raises InputError naming the model type if it has no row, or the tensor if a row matches none or does not fit.
+    family_file: rows that go before the built-in ones.  Raises InputError naming the model type if it has no row, or
+    the tensor if a row matches none or does not fit.
     """
-    text_rows, outer_rows = _families()
+    table = Table.built_in().with_file(family_file) if family_file else Table.built_in()
     model = meta_model(checkpoint.folder)
     text_config = model.config.get_text_config()
     outer_type, text_type = model.config.model_type, text_config.model_type
-    for kind, model_type, known in (("family", outer_type, outer_rows), ("text model", text_type, text_rows)):
+    for kind, model_type, known in (("family", outer_type, table.vision), ("text model", text_type, table.text)):
         if model_type not in known:
-            raise InputError(
-                f"{checkpoint.folder}: {kind} {model_type!r} is not supported; known: {', '.join(sorted(known))}"
-            )
-    outer, text = outer_rows[outer_type], text_rows[text_type]
-    disk = memory_to_disk(model, checkpoint.tensors)
-    shapes = {name: tuple(each.shape) for name, each in model.state_dict(keep_vars=True).items()}
-    found = [
-        *_rows(outer["writer"], "", 0, disk, checkpoint),
-        *_rows(text["writer"], outer["text_model"] + ".", text_config.num_hidden_layers, disk, checkpoint),
-    ]
-    width = text_config.hidden_size
-    for writer in found:
-        _check(checkpoint, writer, shapes, width)
-    embedding = next(writer for writer in found if writer.role == "embedding")
-    head = outer["head"] + ".weight"
+            raise InputError(f"{checkpoint.folder}: {kind} {model_type!r} has no row; make one with inspect --trace")
+    vision, text = table.vision[outer_type], table.text[text_type]
+    layout = Layout(model, checkpoint.shapes)
+    prefix = module_name(model, decoder(model))
+    layers = len(decoder_layers(model))
+    search = _Search(checkpoint, layout, model.state_dict(keep_vars=True), text_config.hidden_size)
+    found = (*search.rows(vision.get("writer", []), ""), *search.rows(text["writer"], prefix))
+    writers = tuple({writer.disk: writer for writer in reversed(found)}.values())[::-1]
+    bare = set(range(layers)) - {writer.layer for writer in writers}
+    if bare:
+        raise InputError(f"{checkpoint.folder}: no row of {text_type!r} says what layer {min(bare)} writes")
+    tables = [writer.disk for writer in writers if writer.role == "embedding"]
+    if not tables:
+        raise InputError(f"{checkpoint.folder}: no row of {text_type!r} says that the embedding table writes")
+    head = module_name(model, head_of(model)) + "weight"
+    ties = {tied: source for tied, source in model.all_tied_weights_keys.items() if tied not in layout.stored}
+    embedding = layout.plain(ties[head]) if head in ties else None
+    untied = _untied_name(model, layout, embedding or tables[0], head)
+    more = ["more than the head is tied to what embeds"] if set(ties) - {head} else []
+    more += ["transformers would load no head of its own"] if ties and untied is None else []
     return Family(
         model_type=outer_type,
         text_model_type=text_type,
-        layers=text_config.num_hidden_layers,
-        width=width,
-        pre_norm=text["norm"] == "pre",
-        writers=tuple(found),
-        mlps=_mlps(text["mlp"], outer["text_model"] + ".", text_config.num_hidden_layers, disk),
-        bias_flag=text["mlp"].get("bias_flag", {}).get(text_type),
-        neurons_key=text["mlp"].get("width", "intermediate_size"),
-        embedding=embedding.disk,
-        head=disk.get(head),
-        untied_head=_untied_name(model, embedding.disk, head, checkpoint),
+        layers=layers,
+        width=text_config.hidden_size,
+        writers=writers,
+        mlps=_mlps(text.get("mlp", []), prefix, layers, layout),
+        bias_flag=text.get("bias_flag", {}).get(text_type),
+        text_config_key=next(
+            (key for key in model.config.sub_configs if getattr(model.config, key) is text_config), None
+        ),
+        neurons_key=text.get("neurons", "intermediate_size"),
+        embedding=embedding or tables[0],
+        head=None if head not in layout.stored else layout.stored[head].disk[0],
+        untied_head=untied or head,
+        obstacles=(*_obstacles(vision, model.config), *_obstacles(text, text_config), *more),
     )
 
 
-def _rows(
-    rows: list[dict[str, Any]], prefix: str, layers: int, disk: Mapping[str, str], checkpoint: Checkpoint
-) -> Iterator[Writer]:
-    for row in rows:
-        numbers: list[int | None] = list(range(layers)) if "{layer}" in row.get("module", "") else [None]
-        for layer in numbers:
-            if "parameter" in row:
-                names, needed = [prefix + row["parameter"]], 1
-            else:
-                module = prefix + row["module"].format(layer=layer)
-                names, needed = [f"{module}.weight", f"{module}.bias"], 1
-            for position, name in enumerate(names):
-                if name in disk:
-                    axis = row["axis"] if position == 0 else 0
-                    yield Writer(row["role"], layer, name, disk[name], axis)
-                elif position < needed:
-                    raise InputError(f"{checkpoint.folder}: no tensor for {name}, which writes to the residual stream")
+def module_name(model: PreTrainedModel, module: nn.Module) -> str:
+    """What the names of `module`'s parameters begin with in `model`, dot included. InputError if it is not in it."""
+    for name, each in model.named_modules():
+        if each is module:
+            return f"{name}." if name else ""
+    raise InputError(f"{type(model).__name__}: has no {type(module).__name__} of its own")
 
 
-def _mlps(row: Mapping[str, Any], prefix: str, layers: int, disk: Mapping[str, str]) -> dict[int, MLP]:
-    mlps = {}
+def head_of(model: PreTrainedModel) -> nn.Module:
+    """The language model's head. InputError where there is none."""
+    found = model.get_output_embeddings()
+    called = (module for name, module in model.named_modules() if name.rpartition(".")[2] == "lm_head")
+    head = found if found is not None else next(called, None)
+    if head is None:
+        raise InputError(f"{type(model).__name__}: no head found in it")
+    return head
+
+
+def _obstacles(row: Row, config: PretrainedConfig) -> Iterator[str]:
+    """What `row` says against projecting the residual stream in weights, for this config."""
+    if "refused" in row:
+        yield row["refused"]
+    for case in row.get("refused_if", []):
+        if getattr(config, case["key"], None) == case["value"]:
+            yield case["reason"]
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Looks rows up among the parameters of a model and the tensors on disk."""
+
+    checkpoint: Checkpoint
+    layout: Layout
+    state: Mapping[str, Any]
+    width: int
+
+    def rows(self, rows: list[Row], prefix: str) -> Iterator[Writer]:
+        """The writers that `rows` describe. A row of the layers may match in some layers only, or in none."""
+        for row in rows:
+            targets = (
+                [f"{row['module']}.{kind}" for kind in ("weight", "bias")] if "module" in row else [row["parameter"]]
+            )
+            found = [match for target in targets for match in matching(prefix + target, self.state)]
+            if not found and "{layer}" not in _target(row) and not row.get("optional", False):
+                name = prefix + _target(row)
+                raise InputError(f"{self.checkpoint.folder}: no tensor for {name}, which writes to the residual stream")
+            for match in found:
+                rival = f"{prefix}{row.get('unless', '')}.weight".replace(
+                    "{layer}", match.groupdict().get("layer") or ""
+                )
+                if "unless" not in row or rival not in self.state:
+                    yield from self._writers(row, prefix, match)
+
+    def _writers(self, row: Row, prefix: str, match: re.Match[str]) -> Iterator[Writer]:
+        memory, layer = match.string, match.groupdict().get("layer")
+        shape = tuple(self.state[memory].shape)
+        stored = self.layout.stored.get(memory)
+        if stored is None:
+            raise InputError(f"{self.checkpoint.folder}: no tensor for {memory}, which writes to the residual stream")
+        whole = row.get("axis", 0) if len(shape) > 1 else 0
+        if self.layout.shapes[memory] != shape:
+            had = list(self.checkpoint.shapes[stored.disk[0]])
+            raise InputError(
+                f"{self.checkpoint.folder}: tensor {stored.disk[0]!r} has shape {had}, config.json says {list(shape)}"
+            )
+        axis = stored.axis(whole, shape, self.checkpoint.shapes)
+        if axis is None:
+            raise InputError(
+                f"{self.checkpoint.folder}: tensor {stored.disk[0]!r}: {memory} is kept in a form that cannot be folded"
+            )
+        for disk in stored.disk:
+            self._check(disk, axis)
+            norm = self._post_norm(row, prefix, layer)
+            yield Writer(row["role"], None if layer is None else int(layer), memory, disk, axis, norm)
+
+    def _post_norm(self, row: Row, prefix: str, layer: str | None) -> PostNorm | None:
+        """The norm that `row` names, unless this model has none there (some configs switch it off)."""
+        memory = f"{prefix}{row.get('post_norm', '')}.weight".replace("{layer}", layer or "")
+        if row.get("post_norm") == "":
+            return PostNorm(None, 0)
+        if "post_norm" not in row or memory not in self.state:
+            return None
+        disk = self.layout.plain(memory)
+        if disk is None:
+            raise InputError(f"{self.checkpoint.folder}: no tensor for {memory}, the gain of a post-norm")
+        return PostNorm(disk, float(row.get("gain_offset", 0)))
+
+    def _check(self, disk: str, axis: int) -> None:
+        info = self.checkpoint.info(disk)
+        where = f"{self.checkpoint.folder}: tensor {disk!r}"
+        if info.dtype not in EDITABLE:
+            raise InputError(f"{where} is {info.dtype}; {QUANTISED}")
+        if info.shape[axis] != self.width:
+            raise InputError(f"{where}: axis {axis} of {list(info.shape)} is not the hidden size, {self.width}")
+
+
+def _target(row: Row) -> str:
+    return row["module"] if "module" in row else row["parameter"]
+
+
+def matching(target: str, names: Iterable[str]) -> list[re.Match[str]]:
+    """Those of `names` that `target` means: {layer} (a group of the match) and {n} stand for any number, {last} for the
+    highest that there is.
+    """
+    text = re.escape(target).replace(r"\{n\}", r"\d+")
+    pattern = re.compile(re.sub(r"\\{(layer|last)\\}", lambda found: rf"(?P<{found[1]}>\d+)", text))
+    found = [match for name in names if (match := pattern.fullmatch(name))]
+    if "{last}" not in target:
+        return found
+    last = max((int(match["last"]) for match in found), default=0)
+    return [match for match in found if int(match["last"]) == last]
+
+
+def _mlps(rows: list[Row], prefix: str, layers: int, layout: Layout) -> dict[int, MLP]:
+    """The first of `rows` whose weights a layer has, for each layer that has any."""
+    mlps: dict[int, MLP] = {}
     for layer in range(layers):
-        names = {
-            part: prefix + row[part].format(layer=layer) + ".weight" for part in ("gate", "up", "down") if part in row
-        }
-        if all(name in disk for name in names.values()):
-            found = {part: disk[name] for part, name in names.items()}
-            mlps[layer] = MLP(found["gate"], found.get("up"), found["down"])
+        for row in rows:
+            names = {
+                part: f"{prefix}{row[part]}.weight".replace("{layer}", str(layer)) for part in _PARTS if part in row
+            }
+            found = {part: layout.plain(name) for part, name in names.items()}
+            if layer not in mlps and all(found.values()):
+                mlps[layer] = MLP(**{"up": None, **found})  # type: ignore[arg-type]
     return mlps
 
 
-def _check(checkpoint: Checkpoint, writer: Writer, shapes: Mapping[str, tuple[int, ...]], width: int) -> None:
-    info = checkpoint.info(writer.disk)
-    where = f"{checkpoint.folder}: tensor {writer.disk!r}"
-    if info.dtype not in EDITABLE:
-        raise InputError(f"{where} is {info.dtype}; {QUANTISED}")
-    if info.shape != shapes[writer.memory]:
-        raise InputError(f"{where} has shape {list(info.shape)}, config.json says {list(shapes[writer.memory])}")
-    if info.shape[writer.axis] != width:
-        raise InputError(f"{where}: axis {writer.axis} of {list(info.shape)} is not the hidden size, {width}")
+_PARTS = ("gate", "up", "down")
 
 
-def _untied_name(model: PreTrainedModel, embedding: str, head: str, checkpoint: Checkpoint) -> str:
+def _untied_name(model: PreTrainedModel, layout: Layout, embedding: str, head: str) -> str | None:
     """What a head is called in this checkpoint's own style: beside its embedding's prefix, whichever one loads."""
     prefix = embedding.partition(".")[0]
-    name = disk_name(model, head, (head,) if prefix == model.base_model_prefix else (f"{prefix}.{head}", head))
-    if name is None:
-        raise InputError(f"{checkpoint.folder}: no name under which transformers would load an untied {head}")
-    return name
+    return layout.disk_name(head, (head,) if prefix == model.base_model_prefix else (f"{prefix}.{head}", head))

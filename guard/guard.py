@@ -61,7 +61,9 @@ class Guard:
         return [each.describe() for each in self.interventions]
 
     def to_bytes(self) -> bytes:
-        """The guard file: float32 tensors `<intervention>/<name>`, JSON metadata under the key `guardfold`."""
+        """The guard file: tensors `<intervention>/<name>` (bases in float64, else float32), JSON metadata under the key
+        `guardfold`.
+        """
         tensors = {
             f"{index}/{name}": tensor.clone()  # interventions may share a basis, tensors in a file may not
             for index, each in enumerate(self.interventions)

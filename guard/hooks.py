@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from .errors import InputError
 from .guard import Guard
 from .interventions import Gate, SharedProjection, SublayerProjection, TwoPass
-from .vlm import attention, decoder_layers, mlp, mlp_parts, output_tensor, residual_readers, with_output_tensor
+from .vlm import decoder_layers, mlp_parts, output_tensor, residual_readers, sublayers, with_output_tensor
 
 TextStates = Mapping[int, Tensor]
 """layer -> h_l(q), [batch, d]: the last prompt token's states in a text-only pass (states.text_states)."""
@@ -35,15 +35,18 @@ def _on_output(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
 def _sublayers(model: PreTrainedModel, each: SublayerProjection, _text: TextStates | None) -> Iterator[RemovableHandle]:
     for layer, basis in each.bases.items():
         hook = _on_output(lambda y, basis=basis: project_out(y, basis, each.strength))  # type: ignore[misc]
-        for module in (attention(decoder_layers(model)[layer]), mlp(decoder_layers(model)[layer])):
+        for module in sublayers(decoder_layers(model)[layer]).values():
             yield module.register_forward_hook(hook)
 
 
 def _shared(model: PreTrainedModel, each: SharedProjection, _text: TextStates | None) -> Iterator[RemovableHandle]:
-    for norm in residual_readers(model):
-        yield norm.register_forward_pre_hook(
-            lambda _module, args: (project_out(args[0], each.basis, each.strength), *args[1:])
-        )
+    def project(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (project_out(args[0], each.basis, each.strength), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": project_out(kwargs["hidden_states"], each.basis, each.strength)}
+
+    for reader in residual_readers(model):
+        yield reader.register_forward_pre_hook(project, with_kwargs=True)
 
 
 def ramp(x: Tensor, gate: Gate, act: Callable[[Tensor], Tensor], gated: bool) -> Tensor:
@@ -89,7 +92,8 @@ def _two_pass(model: PreTrainedModel, each: TwoPass, text: TextStates | None) ->
     if text is None:
         raise InputError("the two-pass guard needs the text-only states of the batch: attached(model, guard, text=...)")
     for layer, basis in each.bases.items():
-        steered = text[layer].float() @ basis.T.to(text[layer].device)  # [batch, m]: h_l(q) V^T
+        wide = text[layer].float()
+        steered = wide @ basis.T.to(wide)  # [batch, m]: h_l(q) V^T
         gate = (steered[:, :1] > 0).float()  # g_l, [batch, 1]
         change = _LastPromptToken(basis, each, gate * steered)
         yield decoder_layers(model)[layer].register_forward_hook(_on_output(change))

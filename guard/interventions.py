@@ -15,20 +15,33 @@ from .errors import InputError
 ORTHONORMAL_TOLERANCE = 1e-4
 """Largest |V V^T - I| accepted in a guard file; float32 SVD leaves about 1e-6."""
 
+EXACTLY_ORTHONORMAL = 1e-14
+"""Largest |V V^T - I| that float64 leaves."""
+
 NEURONS = 2
 """What a gate takes: one neuron that opens the ramp at t0 and one that ends it at t1."""
 
 
 def check_basis(basis: Tensor, where: str) -> Tensor:
-    """`basis` [m, d] in float32 after checking that it is finite with orthonormal rows; InputError otherwise."""
-    basis = basis.detach().to(device="cpu", dtype=torch.float32).contiguous()
+    """`basis` [m, d] in float64, its rows orthonormal to the last place, after checking that they are so to
+    ORTHONORMAL_TOLERANCE; InputError otherwise.
+
+    What a float32 basis lacks, the nearest orthonormal one replaces: (V V^T)^(-1/2) V. A projection that is applied
+    where many tensors write is then the same as one applied where they are read.
+    """
+    basis = basis.detach().to(device="cpu", dtype=torch.float64).contiguous()
     if basis.ndim != 2 or not 0 < basis.shape[0] <= basis.shape[1]:
         raise InputError(f"{where}: shape {list(basis.shape)} is not [m, d] with 0 < m <= d")
     if not torch.isfinite(basis).all():
         raise InputError(f"{where}: NaN or Inf in the basis")
-    if (basis @ basis.T - torch.eye(len(basis))).abs().max() > ORTHONORMAL_TOLERANCE:
+    gram = basis @ basis.T
+    error = (gram - torch.eye(len(basis), dtype=gram.dtype)).abs().max()
+    if error > ORTHONORMAL_TOLERANCE:
         raise InputError(f"{where}: rows are not orthonormal")
-    return basis
+    if error <= EXACTLY_ORTHONORMAL:
+        return basis
+    values, vectors = torch.linalg.eigh(gram)
+    return vectors @ torch.diag(values.rsqrt()) @ vectors.T @ basis
 
 
 def check_bases(bases: Mapping[int, Tensor], where: str) -> dict[int, Tensor]:

@@ -11,8 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from .errors import InputError
@@ -23,21 +31,68 @@ ALIASES = {
     "llava": "llava-hf/llava-1.5-7b-hf",
     "llava-13b": "llava-hf/llava-1.5-13b-hf",
     "llava-next": "llava-hf/llava-v1.6-mistral-7b-hf",
+    "llava-onevision": "llava-hf/llava-onevision-qwen2-7b-ov-hf",
     "vip-llava": "llava-hf/vip-llava-7b-hf",
+    "video-llava": "LanguageBind/Video-LLaVA-7B-hf",
+    "qwen2-vl": "Qwen/Qwen2-VL-7B-Instruct",
+    "qwen2.5-vl": "Qwen/Qwen2.5-VL-7B-Instruct",
+    "qwen3-vl": "Qwen/Qwen3-VL-8B-Instruct",
+    "internvl": "OpenGVLab/InternVL3-8B-hf",
+    "idefics2": "HuggingFaceM4/idefics2-8b",
+    "idefics3": "HuggingFaceM4/Idefics3-8B-Llama3",
+    "smolvlm": "HuggingFaceTB/SmolVLM-Instruct",
+    "paligemma": "google/paligemma-3b-mix-224",
+    "paligemma2": "google/paligemma2-3b-mix-224",
+    "gemma3": "google/gemma-3-4b-it",
+    "pixtral": "mistral-community/pixtral-12b",
+    "mistral-small": "mistralai/Mistral-Small-3.1-24B-Instruct-2503",
+    "llama-vision": "meta-llama/Llama-3.2-11B-Vision-Instruct",
+    "llama4": "meta-llama/Llama-4-Scout-17B-16E-Instruct",
+    "aya-vision": "CohereLabs/aya-vision-8b",
+    "aria": "rhymes-ai/Aria",
+    "granite-vision": "ibm-granite/granite-vision-3.3-2b",
+    "lfm2-vl": "LiquidAI/LFM2-VL-1.6B",
+    "glm-4.1v": "zai-org/GLM-4.1V-9B-Thinking",
+    "blip2": "Salesforce/blip2-opt-2.7b",
+    "instructblip": "Salesforce/instructblip-vicuna-7b",
+    "deepseek-vl": "deepseek-community/deepseek-vl-7b-chat",
+    "janus": "deepseek-community/Janus-Pro-7B",
+    "ovis2": "thisisiron/Ovis2-8B-hf",
+    "fuyu": "adept/fuyu-8b",
 }
 DEMO = "demo"
 """The name of the small model that comes with the package; its folder is package data."""
 
+OTHER_CLASSES: dict[str, Any] = {"phi4_multimodal": AutoModelForMultimodalLM}
+"""Model type -> auto class, for vision-language models that AutoModelForImageTextToText does not know."""
+
 DOWNLOADED = ["*.safetensors", "*.json", "*.jsonl", "*.jinja", "*.model", "*.txt", "LICENSE*", "images/*"]
 """What a hub repository is asked for: safetensors, configs, tokenizer, processor, prompt files. No pickles."""
 
-ATTENTION_NAMES = ("self_attn", "cross_attn", "linear_attn", "attention")
-MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "fc2")
-MLP_LINEARS: tuple[tuple[str, str | None, str], ...] = (("gate_proj", "up_proj", "down_proj"), ("fc1", None, "fc2"))
+LAYER_LISTS = ("layers", "blocks", "h")
+ATTENTION_NAMES = (
+    *("self_attn", "cross_attn", "linear_attn", "attention", "self_attention"),
+    *("conv", "mamba", "mixer"),
+)
+MLP_NAMES = (
+    *("mlp", "feed_forward", "block_sparse_moe", "shared_mlp", "fc2"),
+    *("experts", "per_layer_projection", "ffn"),
+)
+SHARED_EXPERT_NAMES = ("shared_expert", "shared_experts")
+"""Where an MLP of experts keeps the dense one that every token passes through."""
+
+MLP_LINEARS: tuple[tuple[str, str | None, str], ...] = (
+    ("gate_proj", "up_proj", "down_proj"),
+    ("w1", "w3", "w2"),
+    ("fc1", None, "fc2"),
+)
 """Attributes of a dense MLP: (gate, up, down) where it is gated, (first, None, second) where it is plain."""
 
 ACTIVATION_NAMES = ("act_fn", "activation_fn")
-FINAL_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm")
+FINAL_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "embedding_norm", "ln_f", "norm_f", "layer_norm")
+EXTRA_LAYER_LISTS = ("gated_cross_attn_layers",)
+"""Blocks between the decoder layers that read the residual stream and write to it."""
+
 SMALL_BYTES = 64 * 2**20
 MAX_CONFIG_BYTES = 16 * 2**20
 
@@ -119,7 +174,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     check_files(folder, READ_SUFFIXES)
     config = parse_object(read_bytes(folder, path.name, MAX_CONFIG_BYTES), str(path))
     _refuse_code(folder, config)
-    if str(config.get("model_type")) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+    if str(config.get("model_type")) not in {*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, *OTHER_CLASSES}:
         raise InputError(
             f"{folder}: model_type {config.get('model_type')!r} is not a vision-language model that transformers knows"
         )
@@ -155,6 +210,11 @@ def _check_numbers(where: Path, value: Any, key: str = "") -> None:
             raise InputError(f"{where}: {key} is {value}, the limit is {limit}")
 
 
+def auto_class(config: Mapping[str, Any]) -> Any:
+    """The auto class that builds and loads the vision-language model of a config.json."""
+    return OTHER_CLASSES.get(config["model_type"], AutoModelForImageTextToText)
+
+
 def check_weights(folder: Path) -> None:
     """InputError unless `folder` holds safetensors weights; pickles are never opened."""
     if any(folder.glob("*.safetensors")):
@@ -172,12 +232,12 @@ def load(folder: Path, device: str | None = None, dtype: torch.dtype | None = No
 
     Raises InputError if the folder is not a vision-language model with safetensors weights and a processor.
     """
-    read_config(folder)
+    config = read_config(folder)
     check_weights(folder)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     try:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = auto_class(config).from_pretrained(
             folder,
             dtype=dtype,
             use_safetensors=True,
@@ -226,15 +286,15 @@ def load_processor(folder: Path) -> ProcessorMixin:
     return processor
 
 
-def meta_model(folder: Path) -> PreTrainedModel:
+def meta_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model of `folder` without its weights: parameters on the meta device, buffers real. No weights are read."""
     from accelerate import init_empty_weights
 
-    read_config(folder)
+    auto = auto_class(read_config(folder))
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+            model = auto.from_config(config, dtype=dtype, experts_implementation="eager")
     except Exception as error:  # foreign numbers can break a constructor in any way
         reason = _first_line(error)
         raise InputError(f"{folder}: config.json describes no model that transformers can build ({reason})") from error
@@ -247,14 +307,21 @@ def _first_line(error: BaseException) -> str:
 
 
 def decoder(model: PreTrainedModel) -> Any:
-    """The module that holds the language model's layers and their final norm."""
-    found: Any = model.get_decoder()
-    return found if hasattr(found, "layers") else found.get_decoder()
+    """The module that holds the language model's layers and their final norm. InputError where none is found."""
+    found: Any = model
+    while not any(isinstance(getattr(found, name, None), nn.ModuleList) for name in LAYER_LISTS):
+        inner = found.get_decoder() if hasattr(found, "get_decoder") else found
+        inner = getattr(found, "model", found) if inner is found else inner
+        if inner is found:
+            raise InputError(f"{type(model).__name__}: no decoder layers found in it")
+        found = inner
+    return found
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The language model's decoder layers, first to last."""
-    return list(decoder(model).layers)
+    found = decoder(model)
+    return list(getattr(found, next(name for name in LAYER_LISTS if hasattr(found, name))))
 
 
 def _child(module: nn.Module, names: tuple[str, ...]) -> nn.Module:
@@ -265,14 +332,12 @@ def _child(module: nn.Module, names: tuple[str, ...]) -> nn.Module:
     raise InputError(f"{type(module).__name__} has none of the modules {', '.join(names)}")
 
 
-def attention(layer: nn.Module) -> nn.Module:
-    """The attention of a decoder layer: its (first) output is what attention writes to the residual stream."""
-    return _child(layer, ATTENTION_NAMES)
-
-
-def mlp(layer: nn.Module) -> nn.Module:
-    """The MLP of a decoder layer (in OPT, its second linear): its (first) output goes to the residual stream."""
-    return _child(layer, MLP_NAMES)
+def sublayers(layer: nn.Module) -> dict[str, nn.Module]:
+    """Name -> module, of a decoder layer's attention and MLP (in OPT, its second linear): what they return (first, if
+    it is a tuple) is what they write. A hybrid's convolution or state-space mixer counts as attention.
+    """
+    named = {name: getattr(layer, name, None) for name in (*ATTENTION_NAMES, *MLP_NAMES)}
+    return {name: module for name, module in named.items() if isinstance(module, nn.Module)}
 
 
 @dataclass(frozen=True)
@@ -297,13 +362,15 @@ class MLPParts:
 
 
 def mlp_parts(layer: nn.Module) -> MLPParts:
-    """The dense MLP of a decoder layer by role. InputError where the layer has experts instead, or another shape."""
-    for module in (*(getattr(layer, name, None) for name in MLP_NAMES), layer):  # OPT keeps its linears in the layer
+    """The dense MLP of a decoder layer by role, or the shared expert among its experts; InputError without either."""
+    mlps = [module for name in MLP_NAMES if isinstance(module := getattr(layer, name, None), nn.Module)]
+    shared = [getattr(module, name, None) for module in mlps for name in SHARED_EXPERT_NAMES]
+    for module in filter(None, (*mlps, *shared, layer)):  # OPT keeps its linears in the layer
         for gate, up, down in MLP_LINEARS:
             if all(isinstance(getattr(module, name, None), nn.Linear) for name in (gate, down)):
-                act = getattr(module, next(name for name in ACTIVATION_NAMES if hasattr(module, name)))
+                act = next((getattr(module, name) for name in ACTIVATION_NAMES if hasattr(module, name)), None)
                 linears = (getattr(module, gate), getattr(module, up) if up else None, getattr(module, down))
-                return MLPParts(mlp(layer), *linears, act)
+                return MLPParts(mlps[0] if module is layer else module, *linears, act or F.silu)
     raise InputError(f"{type(layer).__name__} has no dense MLP of a known shape; a gate cannot be folded there")
 
 
@@ -313,11 +380,22 @@ def final_norm(model: PreTrainedModel) -> nn.Module:
 
 
 def residual_readers(model: PreTrainedModel) -> list[nn.Module]:
-    """Every norm that reads the residual stream of a pre-norm decoder: each layer's own norms and the final one."""
-    of_layers = [
-        child for layer in decoder_layers(model) for name, child in layer.named_children() if "norm" in name.lower()
-    ]
-    return [*of_layers, final_norm(model)]
+    """Every module that reads the residual stream: each layer's norms before its sublayers, or, in a layer without such
+    norms, the sublayers themselves; and the final norm.
+    """
+    extra = [block for name in EXTRA_LAYER_LISTS for block in getattr(decoder(model), name, ())]
+    return [*(reader for layer in (*decoder_layers(model), *extra) for reader in _readers(layer)), final_norm(model)]
+
+
+def _readers(layer: nn.Module) -> list[nn.Module]:
+    """post_attention_layernorm reads the stream for the MLP where it is the only norm between the two sublayers; beside
+    a norm called pre_..., or without any norm before the attention, it norms what the attention wrote.
+    """
+    norms = {name: child for name, child in layer.named_children() if "norm" in name.lower()}
+    before = [norm for name, norm in norms.items() if not name.startswith("post_")]
+    if before and not any(name.startswith("pre_") for name in norms) and "post_attention_layernorm" in norms:
+        before.append(norms["post_attention_layernorm"])
+    return before or list(sublayers(layer).values())
 
 
 def output_tensor(output: Tensor | tuple[Any, ...]) -> Tensor:

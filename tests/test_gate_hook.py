@@ -266,8 +266,8 @@ def put(gate: Gate, fc1: nn.Linear, fc2: nn.Linear) -> None:
     """Writes the gate's neurons into a plain MLP, in place of the recycled ones."""
     neurons, places = GateNeurons.of(gate, gated=False), list(gate.recycled)
     with torch.no_grad():
-        fc1.weight[places], fc1.bias[places] = neurons.gate, neurons.gate_bias
-        fc2.weight[:, places] = neurons.down.T
+        fc1.weight[places], fc1.bias[places] = neurons.gate.float(), neurons.gate_bias.float()
+        fc2.weight[:, places] = neurons.down.T.float()
 
 
 @pytest.mark.parametrize("free", [False, True], ids=["biased", "bias-free"])
@@ -308,11 +308,11 @@ def test_hook_and_neurons_agree_in_models_with_plain_mlps(family: str, free: boo
 
 def test_the_gates_rows_are_those_of_the_formula() -> None:
     biased, free = make_gate(WIDTH, beta=64), make_gate(WIDTH, free=True, beta=64)
-    u, c, k = biased.detector, biased.column / (T1 - T0), unit_vector(WIDTH, 3)
+    u, c, k = biased.detector.double(), biased.column.double() / (T1 - T0), unit_vector(WIDTH, 3).double()
     of = GateNeurons.of(biased, gated=True)
     assert torch.allclose(of.gate, 64 * torch.stack([u, u]))
-    assert torch.allclose(of.gate_bias, torch.tensor([-64 * T0, -64 * T1]))
-    assert torch.equal(of.up, torch.zeros(2, WIDTH)) and torch.equal(of.up_bias, torch.full((2,), 1 / 64))
+    assert torch.allclose(of.gate_bias, torch.tensor([-64 * T0, -64 * T1], dtype=torch.float64))
+    assert not of.up.any() and of.up_bias.tolist() == [1 / 64, 1 / 64]
     assert torch.allclose(of.down, torch.stack([c, -c]))
     of = GateNeurons.of(free, gated=True)
     assert torch.allclose(of.gate, 64 * torch.stack([u - T0 * k, u - T1 * k]), atol=1e-5)

@@ -18,7 +18,7 @@ from zoo import random_basis
 
 from guardfold.guard.errors import InputError
 from guardfold.guard.guard import Guard
-from guardfold.guard.interventions import SharedProjection, SublayerProjection, TwoPass
+from guardfold.guard.interventions import Gate, SharedProjection, SublayerProjection, TwoPass
 
 WIDTH = 16
 GUARD = Guard(
@@ -63,7 +63,8 @@ def test_a_guard_survives_its_file(saved: Path) -> None:
     for a, b in zip(loaded.interventions, GUARD.interventions, strict=True):
         assert type(a) is type(b)
         assert {k: v.tolist() for k, v in a.tensors().items()} == {k: v.tolist() for k, v in b.tensors().items()}
-        assert all(tensor.dtype == torch.float32 for tensor in a.tensors().values())
+        wanted = torch.float32 if isinstance(a, Gate) else torch.float64
+        assert all(tensor.dtype == wanted for tensor in a.tensors().values())
     assert loaded.hash == GUARD.hash
     assert loaded.to_bytes() == saved.read_bytes()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -15,14 +16,13 @@ from zoo import Tiny, change_tensors
 from guardfold.guard.errors import InputError
 from guardfold.guard.vlm import (
     VLM,
-    attention,
     check_weights,
     decoder_layers,
     final_norm,
     load,
-    mlp,
     residual_readers,
     resolve,
+    sublayers,
 )
 
 
@@ -64,13 +64,14 @@ def test_a_model_is_loaded_with_its_processor_padding_on_the_left(tiny: VLM) -> 
 def test_parts_are_found_by_role(tiny: VLM) -> None:
     text: Any = tiny.model.model.language_model
     assert decoder_layers(tiny.model) == list(text.layers)
-    assert attention(text.layers[1]) is text.layers[1].self_attn
-    assert mlp(text.layers[1]) is text.layers[1].mlp
+    assert sublayers(text.layers[1]) == {"self_attn": text.layers[1].self_attn, "mlp": text.layers[1].mlp}
     assert final_norm(tiny.model) is text.norm
     expected = [norm for layer in text.layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
     assert residual_readers(tiny.model) == [*expected, text.norm]
+    headless: Any = copy.deepcopy(tiny.model)
+    del headless.model.language_model.norm
     with pytest.raises(InputError, match="has none of the modules"):
-        attention(text.norm)
+        final_norm(headless)
 
 
 def configured(**changes: Any) -> Callable[[Path], None]:

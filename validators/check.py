@@ -188,5 +188,5 @@ def _projections(vlm: VLM, reference: TwoPass, probes: Probes) -> dict[ImageKind
     for kind in IMAGE_KINDS:
         for name, prompts in (("harmful", probes.harmful), ("benign", probes.benign)):
             states = prompt_states(vlm, prompts[:PROJECTED], [layer], f"states, {kind}", kind)[layer]
-            along[kind][name] = [round(float(value), 4) for value in states @ reference.bases[layer][0]]
+            along[kind][name] = [round(float(value), 4) for value in states @ reference.bases[layer][0].to(states)]
     return along

@@ -8,15 +8,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText
 
 from ..export.checkpoint import Checkpoint, TensorInfo
 from ..export.edits import Folded, row_blocks
 from ..export.fold import Fold
-from ..export.names import Renaming
+from ..export.names import Layout
 from ..export.writers import Family
 from ..guard.progress import track
-from ..guard.vlm import meta_model
+from ..guard.vlm import auto_class, meta_model
 
 COMPARE_BYTES = 16 * 2**20
 LOAD_BELOW_BYTES = 512 * 2**20
@@ -55,7 +54,8 @@ def inspect_folder(source: Checkpoint, folded: Checkpoint, family: Family, fold:
     for name in sorted(set(fold.grown) - set(fold.edits) - set(fold.new)):
         if not failures and not _only_padded(source, folded, name):
             failures.append(f"{name} should only have grown by zeros but differs")
-    how, problems = _load(folded) if folded.data_bytes <= LOAD_BELOW_BYTES else _match_names(folded)
+    loads = _load if folded.data_bytes <= LOAD_BELOW_BYTES else _match_names
+    how, problems = loads(folded, {*added, *fold.new})
     edited = len(fold.changed - set(fold.new))
     return Integrity(len(copies), edited, (*added, *fold.new), how, (*failures, *problems))
 
@@ -92,23 +92,23 @@ def _same_bytes(source: Checkpoint, name: str, folded: Checkpoint, other: str) -
     return all(a == b for a, b in zip(blocks(source, before), blocks(folded, after), strict=True))
 
 
-def _load(folded: Checkpoint) -> tuple[str, list[str]]:
+def _load(folded: Checkpoint, added: set[str]) -> tuple[str, list[str]]:
+    """What from_pretrained says; tensors that it finds superfluous are no problem unless they were `added`."""
     try:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = auto_class(folded.config).from_pretrained(
             folded.folder, output_loading_info=True, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except Exception as error:  # foreign files can break a constructor in any way
         return "from_pretrained", [f"transformers cannot load the folder: {error}"]
     info = loaded[1]
-    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
-    return "from_pretrained", [f"{kind}: {sorted(map(str, info[kind]))[:3]}" for kind in kinds if info.get(kind)]
+    found = {kind: set(info.get(kind) or ()) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    found["unexpected_keys"] &= added
+    return "from_pretrained", [f"{kind}: {sorted(map(str, names))[:3]}" for kind, names in found.items() if names]
 
 
-def _match_names(folded: Checkpoint) -> tuple[str, list[str]]:
+def _match_names(folded: Checkpoint, _added: set[str]) -> tuple[str, list[str]]:
     """What from_pretrained would say of names, without reading weights."""
     model = meta_model(folded.folder)
-    renaming = Renaming(model)
-    loaded = {renaming(name): name for name in folded.tensors}
-    tied = set() if not model.config.tie_word_embeddings else set(model._tied_weights_keys or {})
-    missing = [name for name in renaming.state if name not in loaded and name not in tied]
+    stored = Layout(model, folded.shapes).stored
+    missing = [name for name in model.state_dict() if name not in stored and name not in model.all_tied_weights_keys]
     return "names and shapes", [f"missing_keys: {missing[:3]}"] if missing else []

@@ -18,14 +18,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..export.checkpoint import DTYPES, Checkpoint, TensorInfo
-from ..export.edits import Edit, ProjectColumns, ProjectRows, SetColumns, row_blocks, written_along
+from ..export.edits import Edit, ProjectColumns, Projecting, ProjectRows, SetColumns, row_blocks, written_along
 from ..export.rounding import REPAIRED, Rounding
 from ..guard.guard import Guard
 from ..guard.interventions import Gate, SharedProjection, SublayerProjection
 from ..guard.progress import track
-from ..guard.vlm import attention, decoder_layers, final_norm, mlp, output_tensor
-
-Projecting = ProjectRows | ProjectColumns
+from ..guard.vlm import MLP_NAMES, decoder_layers, final_norm, output_tensor, sublayers
 
 EXACT_TOLERANCE = 1e-5
 """What float32 arithmetic may leave along V, relative to the states: measured 2e-8 to 4e-7."""
@@ -80,9 +78,9 @@ def leak_probe(model: PreTrainedModel, guard: Guard) -> Iterator[Leaks]:
                 watch_input(final_norm(model), "into the final norm", each.basis)
             elif isinstance(each, SublayerProjection) and each.strength == 1:
                 for number, basis in each.bases.items():
-                    watch_output(attention(layers[number]), f"attention of layer {number}", basis)
-                    if number not in gated:  # what a gate writes along the direction is meant to stay
-                        watch_output(mlp(layers[number]), f"MLP of layer {number}", basis)
+                    for name, sublayer in sublayers(layers[number]).items():
+                        if number not in gated or name not in MLP_NAMES:  # what a gate writes is meant to stay
+                            watch_output(sublayer, f"{name} of layer {number}", basis)
         yield leaks
     finally:
         for handle in handles:
@@ -121,15 +119,15 @@ def tensor_leak(source: Checkpoint, folded: Checkpoint, name: str, edits: Sequen
 
 def _size(edit: Projecting, parts: list[Tensor]) -> float:
     """|V W| from its parts by block: summed over blocks of rows, or lying side by side."""
-    whole = torch.cat(parts) if isinstance(edit, ProjectColumns) else torch.stack(parts).sum(0)
+    whole = torch.stack(parts).sum(0) if isinstance(edit, ProjectRows) else torch.cat(parts)
     return float(whole.norm())
 
 
 def _along(edit: Projecting, block: Tensor, first: int) -> Tensor:
-    basis = edit.basis.double()
-    if isinstance(edit, ProjectColumns):
-        return block @ basis.T
-    return torch.tensordot(basis[:, first : first + len(block)], block, 1)
+    reading = edit.reading.double()
+    if isinstance(edit, ProjectRows):
+        return torch.tensordot(reading[:, first : first + len(block)], block, 1)
+    return block @ reading.T if isinstance(edit, ProjectColumns) else reading @ block
 
 
 def tensor_leaks(source: Checkpoint, folded: Checkpoint, edits: Mapping[str, Sequence[Edit]]) -> dict[str, float]:

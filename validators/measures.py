@@ -36,13 +36,23 @@ def markdown(figures: Mapping[str, Any]) -> str:
     return "\n\n".join(_paragraphs(figures))
 
 
+def equality(equal: Mapping[str, Any]) -> str:
+    """Equivalence.figures() in a sentence."""
+    if equal["approximate"]:
+        return (
+            f"APPROXIMATE: {equal['approximate']}. Folded weights against the original with hooks: largest logit "
+            f"difference {equal['exact']:.1e} of the logits' scale, where the guard itself changes {equal['edit']:.1e}."
+        )
+    return (
+        f"Folded weights against the original with hooks: largest logit difference {equal['folded']:.1e} of the "
+        f"logits' scale, where the guard itself changes {equal['edit']:.1e}."
+    )
+
+
 def _paragraphs(figures: Mapping[str, Any]) -> Iterator[str]:
     original, guarded, equal = (figures.get(name) for name in ("original", "guarded", "equivalence"))
     if equal:
-        yield (
-            f"Folded weights against the original with hooks: largest logit difference {equal['folded']:.1e} of the "
-            f"logits' scale (the guard itself changes {equal['edit']:.1e})."
-        )
+        yield equality(equal)
         if equal["tensor_leak"] is not None:
             yield (
                 f"Weights were rounded {_ROUNDING[equal['rounding']]}: of the projected directions, at most "

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from ..guard.images import IMAGE_KINDS
-from .measures import MEASURES, QA_MEASURE
+from .measures import MEASURES, QA_MEASURE, equality
 from .plots import compliance_bars, detector_histogram, direction_strips, edits_per_layer
 
 Figures = Mapping[str, Any]
@@ -95,10 +95,7 @@ def _soundness(figures: Mapping[str, Any]) -> str:
     equal, whole = figures.get("equivalence"), figures["integrity"]
     lines = [f"{whole['identical']} tensors equal the original's byte for byte; {whole['edited']} were edited."]
     if equal:
-        lines.append(
-            f"Folded weights against the original with hooks: largest logit difference {equal['folded']:.1e} of the "
-            f"logits' scale, where the guard itself changes {equal['edit']:.1e}."
-        )
+        lines.append(equality(equal))
     return _note(" ".join(lines))
 
 

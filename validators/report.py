@@ -47,6 +47,14 @@ def _parts(evidence: Evidence) -> Iterator[RenderableType]:
             f"equivalence  {_word(equal.passed)}  fold vs hooks {equal.folded:.1e} of the logits' scale{noise}{greedy}"
             + (f"; leak {max(leaks):.1e}" if leaks else "")
         )
+        if "image" not in equal.compared:
+            yield Text("equivalence  no picture was run: the folder has no processor", style="yellow")
+        if equal.approximate:
+            yield Text(
+                f"approximate  fold vs hooks {equal.exact:.1e} where the hooks change {equal.edit:.1e}: "
+                f"{equal.approximate}",
+                style="yellow",
+            )
     if evidence.original and evidence.guarded:
         yield _table(evidence)
     if evidence.effects:
@@ -122,7 +130,6 @@ def family_table(checkpoint: Checkpoint, family: Family) -> RenderableType:
         dtypes = sorted({checkpoint.info(writer.disk).dtype for writer in writers})
         scopes = "shared, sublayers" if writers[0].layer is not None else "shared"
         table.add_row(role, str(len(writers)), " ".join(dtypes), writers[0].disk, scopes)
-    exact = "exact" + (" after untying" if family.tied else "") if family.pre_norm else "not exact: post-norm layers"
     facts = {
         "family": f"{family.model_type} around {family.text_model_type}",
         "layers": family.layers,
@@ -130,7 +137,8 @@ def family_table(checkpoint: Checkpoint, family: Family) -> RenderableType:
         "weights": f"{checkpoint.data_bytes / 1e6:.1f} MB in {len(checkpoint.shards)} file(s)",
         "head": f"tied to {family.embedding}" if family.tied else f"its own tensor, {family.head}; never edited",
         "scope sublayers": "exact",
-        "scope shared": exact,
+        "scope shared": family.verdict,
+        "gates": f"{len(family.mlps)} of {family.layers} layers have a dense MLP or shared expert that holds one",
     }
     summary = Table(show_header=False, box=None, pad_edge=False)
     for name, value in facts.items():

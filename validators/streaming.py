@@ -21,7 +21,8 @@ from ..export.checkpoint import Checkpoint, read_rows
 from ..export.edits import Folded, row_blocks
 from ..export.fold import Fold
 from ..export.memory import map_blocks_from
-from ..export.names import memory_to_disk
+from ..export.names import Layout
+from ..export.writers import head_of, module_name
 from ..guard.errors import InputError
 from ..guard.untrusted import open_regular
 from ..guard.vlm import meta_model
@@ -35,18 +36,20 @@ which some classes use outside the module's forward."""
 
 
 class _Weights:
-    """The tensors of a checkpoint by their names in memory, float32 or better, read by rows, edited on the way."""
+    """The tensors of a checkpoint by their names in memory, in `dtype` or better, read by rows, edited on the way."""
 
-    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, fold: Fold) -> None:
-        self.checkpoint = checkpoint
-        self.disk = memory_to_disk(model, [*checkpoint.tensors, *fold.new])
-        self.tied = {
-            name: self.disk[of] for name, of in _tied(model).items() if name not in self.disk and of in self.disk
-        }
+    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, fold: Fold, dtype: torch.dtype) -> None:
+        self.checkpoint, self.dtype = checkpoint, dtype
+        self.layout = Layout(model, {**checkpoint.shapes, **fold.grown})
+        tied = dict(model.all_tied_weights_keys)
+        if fold.untie:  # the config says untied already, the file does not yet
+            head, embedding = head_of(model), model.get_input_embeddings()
+            tied[module_name(model, head) + "weight"] = module_name(model, embedding) + "weight"
+        self.tied = {name: of for name, of in tied.items() if name not in self.layout.stored}
         self.files = {shard.path: open_regular(checkpoint.folder, shard.path.name) for shard in checkpoint.shards}
         self.folded = {
             name: Folded(
-                partial(self._raw, name),
+                partial(self._wide_rows, name),
                 (0, *fold.grown[name][1:]) if name in fold.new else checkpoint.info(name).shape,
                 fold.edits.get(name, ()),
                 fold.grown.get(name),
@@ -62,39 +65,47 @@ class _Weights:
         shard, info = self.checkpoint.tensors[disk]
         return read_rows(self.files[shard.path], shard, info, first, last)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        disk = self.disk.get(name)
-        return self.folded[disk].shape if disk in self.folded else self.checkpoint.info(disk or self.tied[name]).shape
+    def _wide_rows(self, disk: str, first: int, last: int) -> Tensor:
+        return self._wide(self._raw(disk, first, last))
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """The parameter's shape as what is on disk gives it; None if there is nothing."""
+        return self.layout.shapes.get(self.tied.get(name, name))
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
         """Rows first:last of the parameter `name`, read and edited in small blocks into one tensor.
 
         A tied head reads its embedding as it was, never the edited one.
         """
+        raw = name in self.tied
+        disk = self.layout.plain(self.tied.get(name, name))
+        if disk is None:
+            return self.layout.assemble(name, self._tensor)[first:last]
         rows: Tensor | None = None
-        for start, stop in row_blocks((last - first, *self.shape(name)[1:])):
-            block = self._block(name, first + start, first + stop)
+        for start, stop in row_blocks((last - first, *self.layout.shapes[self.tied.get(name, name)][1:])):
+            block = self._block(disk, first + start, first + stop, raw)
             if rows is None:
                 rows = block.new_empty(last - first, *block.shape[1:])
             rows[start:stop] = block
-        return self._block(name, first, last) if rows is None else rows
+        return self._block(disk, first, last, raw) if rows is None else rows
 
     def whole(self, name: str) -> Tensor:
         shape = self.shape(name)
-        return self.rows(name, 0, shape[0]) if shape else self._block(name, 0, 1)
+        if shape:
+            return self.rows(name, 0, shape[0])
+        disk = self.layout.plain(name)
+        return self._block(disk, 0, 1) if disk else self.layout.assemble(name, self._tensor)
 
-    def _block(self, name: str, first: int, last: int) -> Tensor:
-        disk = self.disk.get(name)
-        if disk in self.folded:
-            return self.folded[disk].rows(first, last)
-        block = self._raw(disk or self.tied[name], first, last)
-        return block.to(torch.promote_types(block.dtype, torch.float32)) if block.is_floating_point() else block
+    def _tensor(self, disk: str) -> Tensor:
+        return self._block(disk, 0, self.checkpoint.info(disk).shape[0])
 
+    def _block(self, disk: str, first: int, last: int, raw: bool = False) -> Tensor:
+        if disk in self.folded and not raw:
+            return self._wide(self.folded[disk].rows(first, last))
+        return self._wide_rows(disk, first, last)
 
-def _tied(model: PreTrainedModel) -> dict[str, str]:
-    """Head -> embedding, where the class could tie them; whether they are tied is for the file to say."""
-    keys = model._tied_weights_keys
-    return dict(keys) if isinstance(keys, Mapping) else {}
+    def _wide(self, block: Tensor) -> Tensor:
+        return block.to(torch.promote_types(block.dtype, self.dtype)) if block.is_floating_point() else block
 
 
 def _linear(weights: _Weights, name: str, module: nn.Linear, states: Tensor) -> Tensor:
@@ -120,23 +131,25 @@ def _take_back(own: Mapping[str, nn.Parameter], module: nn.Module, _args: object
 
 
 @contextmanager
-def streamed(checkpoint: Checkpoint, fold: Fold | None = None, config: Path | None = None) -> Iterator[PreTrainedModel]:
-    """The model of `checkpoint`, computing in float32 from its files, with `fold` applied and not rounded.
+def streamed(
+    checkpoint: Checkpoint, fold: Fold | None = None, config: Path | None = None, dtype: torch.dtype = torch.float32
+) -> Iterator[PreTrainedModel]:
+    """The model of `checkpoint`, computing in `dtype` from its files, with `fold` applied and not rounded.
 
     config: the folder whose config.json says what the folded model looks like, if not the checkpoint's own.
     Raises InputError if the checkpoint lacks a tensor or one has another shape than config.json says.
     """
     map_blocks_from(2**20)
-    model = meta_model(config or checkpoint.folder)
-    weights = _Weights(checkpoint, model, fold or Fold({}))
+    model = meta_model(config or checkpoint.folder, dtype)
+    weights = _Weights(checkpoint, model, fold or Fold({}), dtype)
     try:
         for name, tensor in model.state_dict(keep_vars=True).items():
-            if name not in weights.disk and name not in weights.tied:
+            shape = weights.shape(name)
+            if shape is None:
                 raise InputError(f"{checkpoint.folder}: no tensor for {name}")
-            if weights.shape(name) != tuple(tensor.shape):
+            if shape != tuple(tensor.shape):
                 raise InputError(
-                    f"{checkpoint.folder}: {name} has shape {list(weights.shape(name))}, "
-                    f"config.json says {list(tensor.shape)}"
+                    f"{checkpoint.folder}: {name} has shape {list(shape)}, config.json says {list(tensor.shape)}"
                 )
         for name, module in model.named_modules():
             own = dict(module.named_parameters(recurse=False))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import resource
 import subprocess
 import sys
@@ -98,7 +99,11 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=given.scratch) as scratch:
         folder = Path(scratch)
-        size = make(folder / "model", given.layers)
+        # In a process of its own: a child's peak counts its parent's memory at the time of the fork.
+        making = multiprocessing.get_context("spawn").Process(target=make, args=(folder / "model", given.layers))
+        making.start()
+        making.join()
+        size = sum(path.stat().st_size for path in (folder / "model").glob("*.safetensors"))
         basis = torch.nn.functional.normalize(torch.randn(1, 4096))
         Guard((SublayerProjection({given.layers - 1: basis}),)).save(folder / "sublayers.safetensors")
         Guard((SharedProjection(basis),)).save(folder / "shared.safetensors")
