@@ -33,7 +33,7 @@ app = typer.Typer(
 INTERRUPTED = 130
 """Exit status after Ctrl-C."""
 
-MODEL_HELP = "The demo, a model folder, a hub id (owner/name), or an alias such as llava."
+MODEL_HELP = "The demo, a model folder, a hub id (owner/name, @REVISION if need be), or an alias such as llava."
 Model = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
 PRESETS_HELP = (
     "auto (vlm-guard, unless validation shows its gate alone to be better), vlm-guard (projection and gate), gate, "
@@ -129,6 +129,9 @@ SkipBehaviour = Annotated[
         help="Check that the folder is sound and equal to its hooks, but measure no behaviour; the manifest says so.",
     ),
 ]
+Private = Annotated[bool, typer.Option("--private", help="Make the repository private.")]
+CreatePR = Annotated[bool, typer.Option("--create-pr", help="Propose the change as a pull request.")]
+Revision = Annotated[str | None, typer.Option("--revision", help="Branch to push to, made if need be. Default: main.")]
 
 
 Jobs = Annotated[int, typer.Option("--jobs", min=1, help="Threads that write the checkpoint.")]
@@ -199,12 +202,19 @@ def export(
     jobs: Jobs = 2,
     rounding: RoundingOption = "repair",
     link: LinkOption = "auto",
+    push_to: Annotated[
+        str | None, typer.Option("--push-to", help="Hub repository (USER/REPO) that the folder is pushed to as well.")
+    ] = None,
+    private: Private = False,
+    create_pr: CreatePR = False,
+    revision: Revision = None,
 ) -> None:
     """Write a guarded copy of a model, and publish it only if it is measurably safer.
 
     Extracts the safety steering directions, folds the guard into the weights, proves the result equal to the hooks,
     measures refusals and answers with and without images, and prints original against guarded.
     """
+    from .export.hub import Target
     from .export.rewrite import LINKS, Writing
     from .export.rounding import ROUNDINGS
     from .pipeline import export_guarded
@@ -235,9 +245,12 @@ def export(
         strict=strict,
         overwrite=overwrite,
         writing=Writing(jobs, cast(Any, rounding), cast(Any, link)),
+        push_to=Target(push_to, private, create_pr, revision) if push_to else None,
     )
     _show(result.evidence)
     typer.echo(f"written to {result.folder}" + ("" if result.verified else " (NOT VERIFIED)"))
+    if result.url:
+        typer.echo(f"pushed to {result.url}")
 
 
 @app.command()
@@ -334,6 +347,48 @@ def inspect(
         _print(family_table(*inspect_model(model, family)))
 
 
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="A folder written by `guardfold export`.")],
+    repo: Annotated[str, typer.Argument(help="USER/REPO on the hub, made if need be.")],
+    private: Private = False,
+    create_pr: CreatePR = False,
+    revision: Revision = None,
+    allow_weaker: Annotated[
+        bool, typer.Option("--allow-weaker", help="Push even if not safer; its card says NOT VERIFIED.")
+    ] = False,
+) -> None:
+    """Push a guarded folder to the Hugging Face Hub. Run it again after an interruption: it sends what is missing.
+
+    The token is the one that `hf auth login` or HF_TOKEN gives. Exit status 3 if the verdict is not "safer", or if the
+    files are not those that were measured.
+    """
+    from .export.hub import Target
+    from .export.hub import push as send
+
+    _begin(repo)
+    typer.echo(f"pushed to {send(folder, Target(repo, private, create_pr, revision), allow_weaker=allow_weaker)}")
+
+
+@app.command()
+def verify(
+    name: Annotated[str, typer.Argument(metavar="DIR|HUB_ID", help="A guarded folder, or a hub id (@REVISION).")],
+) -> None:
+    """Say whether the files of a guarded folder or repository are the ones that were measured, byte for byte.
+
+    Exit status 3, with a line for each file that differs, is missing or was added, if they are not.
+    """
+    from .export.verify import verify as compare
+
+    _begin(name)
+    found = compare(name)
+    for line in found.differences:
+        print(f"guardfold: refused: {found.folder / line}", file=sys.stderr)
+    if found.differences:
+        raise typer.Exit(3)
+    typer.echo(f"{name}: {found}")
+
+
 def _options(**given: Any) -> GuardOptions:
     from .export.fold import PLACEMENTS
     from .guard.presets import SCOPES
@@ -365,11 +420,13 @@ def _print(what: RenderableType) -> None:
 def _begin(model: str) -> None:
     """Says which hub id an alias stands for; progress bars and remarks of the libraries below would interrupt ours."""
     from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     from .guard.vlm import ALIASES
 
     logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
     logging.disable_progress_bar()
     if not sys.stderr.isatty():
         disable_progress_bars()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -14,6 +15,8 @@ from .export.card import GUARD_FILE, Source, write_card, write_manifest, written
 from .export.checkpoint import Checkpoint
 from .export.companions import copy_companions
 from .export.fold import Placement, fold
+from .export.hub import Target, push
+from .export.remote import hollow_copy
 from .export.rewrite import Writing, rewrite
 from .export.staging import check_room, staging
 from .export.tracer import as_toml, family_rows, hollow
@@ -39,7 +42,7 @@ from .guard.presets import (
 from .guard.progress import bar
 from .guard.prompts import BUILT_IN_ANCHORS, beside, load_anchors
 from .guard.transcripts import Usage
-from .guard.vlm import VLM, load, meta_model, mlp_parts, resolve, threads_for
+from .guard.vlm import VLM, load, located, meta_model, mlp_parts, resolve, threads_for
 from .validators.batches import comparison_batches
 from .validators.check import Evidence, examine
 from .validators.judge import ModelJudge, PhraseJudge
@@ -85,6 +88,8 @@ class Export:
     folder: Path
     guard: Guard
     evidence: Evidence
+    url: str | None = None
+    """Of the commit or pull request, where it was pushed."""
 
     @property
     def verified(self) -> bool:
@@ -236,17 +241,22 @@ def export_guarded(
     strict: bool = False,
     overwrite: bool = False,
     writing: Writing | None = None,
+    push_to: Target | None = None,
 ) -> Export:
     """Writes `model` with a guard folded into its weights to `output` (default ./<name>-guarded), if it is safer.
 
     probes, qa: files that replace the model's own or the built-in ones.  skip_behaviour: measure nothing but soundness
     and equality; the manifest says NOT VERIFIED.  allow_weaker: publish whatever the verdict; the manifest and the card
     say NOT VERIFIED.  strict: refuse a fold that is approximate by nature (under post-norms).  overwrite: replace
-    `output`, if guardfold wrote it.  writing: threads, rounding, links.  Raises InputError for what cannot be used, and
-    NotSafer, leaving nothing behind, if the result is not safer or not equal to its hooks (the latter is never
-    published).
+    `output`, if guardfold wrote it.  writing: threads, rounding, links.  push_to: where on the hub the finished folder
+    goes as well.  Raises InputError for what cannot be used, and NotSafer, leaving nothing behind, if the result is not
+    safer or not equal to its hooks (the latter is never published).
     """
     options = options or GuardOptions()
+    if push_to:
+        push_to.check()
+        if skip_behaviour and not allow_weaker:
+            raise InputError("--skip-behaviour: what was not measured is not pushed (--allow-weaker overrides)")
     folder, name = resolve(model)
     source, checkpoint = Source(name, folder), Checkpoint.open(folder)
     family = family_of(checkpoint, options.family)
@@ -280,7 +290,7 @@ def export_guarded(
         (stage / "report.html").write_text(page, encoding="utf-8")
         write_card(stage, source, guard, evidence.ruling, verified, markdown(figures))
         write_manifest(stage, source, guard, writing.rounding, evidence.ruling, verified, figures)
-    return Export(target, guard, evidence)
+    return Export(target, guard, evidence, push(target, push_to, allow_weaker=allow_weaker) if push_to else None)
 
 
 def check_guarded(
@@ -310,25 +320,38 @@ def check_guarded(
 
 
 def inspect_model(model: str, family_file: Path | None = None) -> tuple[Checkpoint, Family]:
-    """The checkpoint and family of `model`, from its config and headers alone. Raises InputError if unsupported."""
-    folder, _ = resolve(model)
-    checkpoint = Checkpoint.open(folder)
-    return checkpoint, family_of(checkpoint, family_file)
+    """The checkpoint and family of `model`, from its config and headers alone; of a model on the hub, nothing else is
+    downloaded, and the checkpoint's data cannot be read. Raises InputError if unsupported.
+    """
+    with _headers_of(model) as folder:
+        checkpoint = Checkpoint.open(folder)
+        return checkpoint, family_of(checkpoint, family_file)
+
+
+@contextmanager
+def _headers_of(model: str) -> Iterator[Path]:
+    found = located(model)
+    if isinstance(found, Path):
+        yield found
+        return
+    with tempfile.TemporaryDirectory() as folder, bar() as progress:
+        progress.add_task("headers", total=None)
+        yield hollow_copy(*found, Path(folder))
 
 
 def trace_family(model: str) -> str:
     """A family file that says what writes to the residual stream of `model`, found by running its class, without its
     weights, on a text and a picture. Raises InputError if transformers cannot build or run it.
     """
-    folder, name = resolve(model)
-    built = hollow(meta_model(folder))
-    with bar() as progress:
-        progress.add_task("tracing", total=None)
-        batches = comparison_batches(built, folder)
-        if not batches:
-            raise InputError(f"{folder}: no prompt that its class runs; add the model's processor to the folder")
-        rows = family_rows(built, batches)
-    return f"# Traced from {name} on: {', '.join(batches)}.\n{as_toml(rows)}"
+    with _headers_of(model) as folder:
+        built = hollow(meta_model(folder))
+        with bar() as progress:
+            progress.add_task("tracing", total=None)
+            batches = comparison_batches(built, folder)
+            if not batches:
+                raise InputError(f"{model}: no prompt that its class runs; add the model's processor to the folder")
+            rows = family_rows(built, batches)
+    return f"# Traced from {model} on: {', '.join(batches)}.\n{as_toml(rows)}"
 
 
 @contextmanager

@@ -39,7 +39,7 @@ def file_hashes(folder: Path) -> dict[str, str]:
     """Path inside `folder` -> SHA-256, for every file but the manifest itself."""
     hashes = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != MANIFEST:
+        if path.is_file() and path != folder / MANIFEST:
             with path.open("rb") as file:
                 hashes[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashes
@@ -87,6 +87,7 @@ def write_card(folder: Path, source: Source, guard: Guard, ruling: str, verified
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         tags=["guardfold", "vlm-guard"],
+        base_model_relation=_relation(folder) if on_hub else None,
     )
     parts = [
         f"---\n{data.to_yaml()}\n---",
@@ -114,6 +115,10 @@ def _licence(folder: Path) -> str | None:
         return None
     licence = metadata.get("license") if isinstance(metadata, dict) else None
     return licence if isinstance(licence, str) else None
+
+
+def _relation(folder: Path) -> str:
+    return "adapter" if (folder / "adapter_config.json").is_file() else "finetune"
 
 
 def _standing(ruling: str, verified: bool) -> str:

@@ -131,7 +131,7 @@ class Checkpoint:
         if not index_path.exists():
             raise InputError(f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE}")
         index = _read_index(folder)
-        shards = tuple(read_shard(folder, name) for name in sorted(set(index["weight_map"].values())))
+        shards = tuple(read_shard(folder, name) for name in index_shards(folder))
         _check_index(folder, index["weight_map"], shards)
         return cls(folder, config, shards, index)
 
@@ -282,6 +282,11 @@ def _read_index(folder: Path) -> dict[str, Any]:
         if not isinstance(file_name, str) or not re.fullmatch(r"[\w.\-]+\.safetensors", file_name):
             raise InputError(f"{path}: tensor {name!r} is in {file_name!r}, which is not a file of this folder")
     return index
+
+
+def index_shards(folder: Path) -> list[str]:
+    """The names of the files that the index in `folder` lists. InputError if it is not sound."""
+    return sorted(set(_read_index(folder)["weight_map"].values()))
 
 
 def _check_index(folder: Path, weight_map: dict[str, str], shards: tuple[Shard, ...]) -> None:

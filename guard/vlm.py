@@ -24,6 +24,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from .errors import InputError
+from .hub import download, is_hub_id, split_revision
 from .templates import check_template
 from .untrusted import check_files, parse_object, read_bytes
 
@@ -65,9 +66,6 @@ DEMO = "demo"
 
 OTHER_CLASSES: dict[str, Any] = {"phi4_multimodal": AutoModelForMultimodalLM}
 """Model type -> auto class, for vision-language models that AutoModelForImageTextToText does not know."""
-
-DOWNLOADED = ["*.safetensors", "*.json", "*.jsonl", "*.jinja", "*.model", "*.txt", "LICENSE*", "images/*"]
-"""What a hub repository is asked for: safetensors, configs, tokenizer, processor, prompt files. No pickles."""
 
 LAYER_LISTS = ("layers", "blocks", "h")
 ATTENTION_NAMES = (
@@ -139,31 +137,29 @@ class VLM:
         return 64 if sum(p.numel() for p in self.model.parameters()) < 50e6 else 8
 
 
+def located(name: str) -> Path | tuple[str, str | None]:
+    """The folder that `name` is, the demo's if that is meant, or the (hub id, revision) that it stands for."""
+    if name == DEMO:
+        return Path(str(files("guardfold") / "validators" / "demo" / "model"))
+    if Path(name).is_dir():
+        return Path(name)
+    given, revision = split_revision(name)
+    hub_id = ALIASES.get(given, given)
+    if not is_hub_id(hub_id):
+        known = ", ".join([DEMO, *ALIASES])
+        raise InputError(f"{name}: no such folder; give a model folder, a hub id (owner/name) or one of {known}")
+    return hub_id, revision
+
+
 def resolve(name: str) -> tuple[Path, str]:
-    """(folder, source) of `name`: the demo, a folder, an alias or a hub id, downloaded if need be.
+    """(folder, source) of `name`: the demo, a folder, an alias or a hub id (@REVISION), downloaded if need be.
 
     `source` is what the manifest calls the model: the alias's hub id, the hub id, or the folder's name.
     """
-    if name == DEMO:
-        return Path(str(files("guardfold") / "validators" / "demo" / "model")), DEMO
-    folder = Path(name)
-    if folder.is_dir():
-        return folder, folder.resolve().name
-    if name not in ALIASES and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
-        known = ", ".join([DEMO, *ALIASES])
-        raise InputError(f"{name}: no such folder; give a model folder, a hub id (owner/name) or one of {known}")
-    return _download(ALIASES.get(name, name)), ALIASES.get(name, name)
-
-
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=DOWNLOADED))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{hub_id}: cannot be had from the Hugging Face Hub ({reason})") from error
+    found = located(name)
+    if isinstance(found, Path):
+        return found, DEMO if name == DEMO else found.resolve().name
+    return download(*found), found[0]
 
 
 def read_config(folder: Path) -> dict[str, Any]:

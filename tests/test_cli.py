@@ -20,7 +20,7 @@ from guardfold.guard.guard import Guard
 from guardfold.guard.interventions import SublayerProjection
 from guardfold.validators.demo import DEMO
 
-VERBS = ("export", "extract", "check", "inspect")
+VERBS = ("export", "extract", "check", "inspect", "push", "verify")
 
 
 def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -47,7 +47,9 @@ def test_help_says_what_a_verb_does(guardfold: Command, tmp_path: Path, verb: st
     done = guardfold(verb, "--help", cwd=tmp_path)
     assert (done.status, done.err) == (0, "")
     assert f"guardfold {verb}" in done.out
-    assert ("--against" if verb == "check" else "model" if verb == "inspect" else "--model") in done.out
+    assert {"check": "--against", "inspect": "model", "push": "USER/REPO", "verify": "HUB_ID"}.get(
+        verb, "--model"
+    ) in done.out
 
 
 def test_help_names_every_verb_and_exit_status(guardfold: Command, tmp_path: Path) -> None:

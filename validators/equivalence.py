@@ -1,8 +1,8 @@
 """Is the folded checkpoint equal to the original with the guard's hooks? Logits, greedy tokens, and the leak detector.
 
 Everything runs in float32 straight from the files (streaming.py). A float16 or bfloat16 checkpoint cannot equal its
-hooks better than its dtype rounds, so there two things are shown: the fold before rounding is equal to 1e-5, and the
-file is as far off as rounding noise of half a unit in the last place of the same tensors.
+hooks better than its dtype rounds, so there two things are shown: the fold before rounding is equal to 1e-5, and every
+entry in the file is that fold's to the last place (written.py).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from ..guard.states import forward
 from .batches import comparison_batches
 from .leaks import activation_tolerance, leak_probe, tensor_leaks, tensor_tolerance
 from .streaming import streamed
+from .written import PLACES, places_off
 
 Batches = Mapping[str, BatchFeature]
 Logits = dict[str, Tensor]
@@ -35,9 +36,6 @@ TOLERANCE = 1e-5
 it; in one that does, float64 decides.
 """
 
-ROUNDING_FACTOR = 8.0
-"""A rounded file may be this many times as far from its hooks as one sample of rounding noise is from no noise."""
-
 APPROXIMATE_LIMIT = 0.5
 """A fold that no weights can make exact may be this far from its hooks, relative to what the hooks change."""
 
@@ -46,10 +44,6 @@ NEVER_SAID = 1e30
 
 POSITIONS = 64
 """Positions compared in each row: an image prompt has hundreds, and each has a logit for every word."""
-
-NOISE_SAMPLES = 4
-"""Samples of rounding noise for a checkpoint that is small enough to generate, the largest counts: on the steep ramp of
-a gate, noise is rare and large. One for the others."""
 
 GREEDY_TOKENS = 32
 GENERATE_BELOW_BYTES = 256 * 2**20
@@ -64,7 +58,8 @@ class Equivalence:
     compared: the kinds of prompts that were run.  arithmetic: what it was computed in.  approximate: why no weights
     equal the hooks (Fold.approximate); None where they do.  edit: hooked vs original, what the guard changes.  folded:
     file vs hooked, or vs the fold before rounding if it is approximate.  exact: the fold before rounding vs hooked
-    (equal to `folded` for float32 files).  noise: what rounding noise does; None for float32.  argmax: share of
+    (equal to `folded` for float32 files).  places: how far an entry of an edited tensor is from the fold before
+    rounding, in units in the last place; the worst one.  argmax: share of
     positions whose most likely token agrees.  greedy: share of generated tokens that agree, if any were.
     rounding: as it was asked for.
     """
@@ -76,7 +71,8 @@ class Equivalence:
     edit: float
     folded: float
     exact: float
-    noise: float | None
+    places: float
+    misplaced: str | None
     argmax: float
     greedy: float | None
     greedy_tokens: int
@@ -95,23 +91,6 @@ class Equivalence:
 
     def figures(self) -> dict[str, Any]:
         return {**asdict(self), "passed": self.passed}
-
-
-class _RoundingNoise:
-    """Adds uniform noise of up to half a unit in the last place of `dtype`: what rounding does, at random."""
-
-    two_pass = False
-
-    def __init__(self, dtype: torch.dtype, seed: int) -> None:
-        self.eps = torch.finfo(dtype).eps
-        self.draw = torch.Generator().manual_seed(seed)
-
-    def observe(self, block: Tensor, first: int) -> None:
-        """Nothing: noise does not depend on other rows."""
-
-    def apply(self, block: Tensor, first: int) -> Tensor:
-        ulp = torch.exp2(block.abs().clamp(min=torch.finfo(block.dtype).tiny).log2().floor()) * self.eps
-        return block + ulp * (torch.rand(block.shape, generator=self.draw) - 0.5)
 
 
 def _logits(model: PreTrainedModel, batches: Batches) -> Logits:
@@ -163,7 +142,7 @@ def _compare(
     dtypes = {name: folded.info(name).dtype for name in fold.edits}
     rounded = any(DTYPES[each].itemsize < dtype.itemsize for each in dtypes.values())
     with bar() as progress:
-        task = progress.add_task("equivalence", total=5 if rounded else 3)
+        task = progress.add_task("equivalence", total=4 if rounded else 3)
         with streamed(source, dtype=dtype) as model:
             batches = {name: _in(dtype, batch) for name, batch in comparison_batches(model, source.folder).items()}
             if not batches:
@@ -177,17 +156,14 @@ def _compare(
         with streamed(folded, dtype=dtype) as model, leak_probe(model, guard) as leaks:
             got, tokens = _logits(model, batches), _greedy(model, generated)
         progress.advance(task)
-        exact_logits, noise = got, None
+        exact_logits = got
         scale = max(float(each.abs().max()) for each in original.values())
         if rounded:
             with streamed(source, fold, folded.folder, dtype) as model:
                 exact_logits = _logits(model, batches)
             progress.advance(task)
-            noise = max(
-                _distance(_noisy_logits(source, folded, fold, batches, seed, dtype), exact_logits, scale)
-                for seed in range(NOISE_SAMPLES if generated else 1)
-            )
-            progress.advance(task)
+    off = places_off(source, folded, fold)
+    misplaced = max(off, key=lambda name: off[name], default=None)
     per_tensor = tensor_leaks(source, folded, fold.edits)
     limits = {name: tensor_tolerance(folded.info(name), fold.edits[name], rounding) for name in per_tensor}
     worst_tensor = max(per_tensor, key=lambda name: per_tensor[name] / limits[name], default=None)
@@ -200,7 +176,8 @@ def _compare(
         edit=_distance(hooked, original, scale),
         folded=_distance(got, exact_logits if fold.approximate else hooked, scale),
         exact=_distance(exact_logits, hooked, scale),
-        noise=noise,
+        places=off[misplaced] if misplaced else 0.0,
+        misplaced=misplaced,
         argmax=_agreement(*choices) or 0.0,
         greedy=_agreement(tokens, hooked_tokens),
         greedy_tokens=len(tokens),
@@ -217,19 +194,12 @@ def _compare(
 
 
 def _in(dtype: torch.dtype, batch: BatchFeature) -> BatchFeature:
-    floats = {name: each.to(dtype) for name, each in batch.items() if each.is_floating_point()}
+    floats = {name: each.to(dtype) for name, each in batch.items() if _floats(each)}
     return BatchFeature({**batch, **floats})
 
 
-def _noisy_logits(
-    source: Checkpoint, folded: Checkpoint, fold: Fold, batches: Batches, seed: int, arithmetic: torch.dtype
-) -> Logits:
-    """The logits of the fold with one sample of rounding noise in place of rounding."""
-    noisy = {
-        name: [*edits, _RoundingNoise(DTYPES[folded.info(name).dtype], seed)] for name, edits in fold.edits.items()
-    }
-    with streamed(source, replace(fold, edits=noisy), folded.folder, arithmetic) as model:
-        return _logits(model, batches)
+def _floats(each: object) -> bool:
+    return isinstance(each, Tensor) and each.is_floating_point()
 
 
 def _distance(a: Logits, b: Logits, scale: float) -> float:
@@ -248,11 +218,12 @@ def _failures(result: Equivalence) -> list[str]:
             )
     elif not result.exact <= TOLERANCE:
         failures.append(f"fold and hooks differ by {result.exact:.1e} of the logits' scale (limit {TOLERANCE:.0e})")
-    if result.noise is None:
-        if result.greedy is not None and result.greedy < 1 and not result.approximate:
-            failures.append(f"only {result.greedy:.1%} of {result.greedy_tokens} greedy tokens equal the hooks'")
-    elif not result.folded <= ROUNDING_FACTOR * result.noise + TOLERANCE:
-        failures.append(f"the file is {result.folded:.1e} from its hooks, rounding explains {result.noise:.1e}")
+    elif result.folded <= TOLERANCE and result.greedy is not None and result.greedy < 1:
+        failures.append(f"only {result.greedy:.1%} of {result.greedy_tokens} greedy tokens equal the hooks'")
+    if not result.places <= PLACES:
+        failures.append(
+            f"{result.misplaced} is {result.places:.1e} units in the last place from the fold (limit {PLACES})"
+        )
     if result.activation_leak is not None and not result.activation_leak <= result.activation_tolerance:
         failures.append(
             f"{result.worst_activation} still carries {result.activation_leak:.1e} of its size along the direction "

@@ -36,15 +36,12 @@ def _parts(evidence: Evidence) -> Iterator[RenderableType]:
         + (f", {len(integrity.added)} added" if integrity.added else "")
     )
     if equal:
-        noise = (
-            ""
-            if equal.noise is None
-            else f" (rounding noise {equal.noise:.1e}, before rounding {equal.exact:.1e}; rounding: {equal.rounding})"
-        )
+        rounded = "" if equal.exact == equal.folded else f" (before rounding, {equal.rounding}: {equal.exact:.1e})"
         greedy = "" if equal.greedy is None else f", {equal.greedy:.1%} of {equal.greedy_tokens} greedy tokens equal"
         leaks = [each for each in (equal.tensor_leak, equal.activation_leak) if each is not None]
         yield Text(
-            f"equivalence  {_word(equal.passed)}  fold vs hooks {equal.folded:.1e} of the logits' scale{noise}{greedy}"
+            f"equivalence  {_word(equal.passed)}  fold vs hooks {equal.folded:.1e} of the logits' scale{rounded}"
+            + greedy
             + (f"; leak {max(leaks):.1e}" if leaks else "")
         )
         if "image" not in equal.compared:
