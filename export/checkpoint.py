@@ -123,6 +123,7 @@ class Checkpoint:
     def open(cls, folder: Path) -> Self:
         """The checkpoint in `folder`. InputError in one line for whatever is not as the format says."""
         config = read_config(folder)
+        _refuse_quantised(folder, config)
         check_weights(folder)
         single, index_path = folder / SINGLE_FILE, folder / INDEX_FILE
         if single.exists():
@@ -164,6 +165,14 @@ class Checkpoint:
             return read_row_bytes(descriptor, shard, info, first, last)
         finally:
             os.close(descriptor)
+
+
+def _refuse_quantised(folder: Path, config: dict[str, Any]) -> None:
+    parts = (config, *(part for part in config.values() if isinstance(part, dict)))
+    found = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
+    if found:
+        method = found.get("quant_method") if isinstance(found, dict) else None
+        raise InputError(f"{folder}: quantised ({method or 'quantization_config in config.json'}); {QUANTISED}")
 
 
 def as_tensor(data: bytearray, info: TensorInfo) -> Tensor:

@@ -23,6 +23,7 @@ from .interventions import Gate, ResidualProjection, SharedProjection, SublayerP
 
 FORMAT = "guardfold-guard/1"
 REFERENCE = "reference"
+MAX_GUARD_BYTES = 256 * 2**20
 Intervention = SublayerProjection | SharedProjection | ResidualProjection | Gate | TwoPass
 KINDS: dict[str, type[Intervention]] = {
     cls.kind: cls for cls in (SublayerProjection, SharedProjection, ResidualProjection, Gate, TwoPass)
@@ -103,6 +104,8 @@ class Guard:
         """The guard in the file `path`. InputError, naming the file, if it is not a sound guard file."""
         if not path.is_file():
             raise InputError(f"{path}: no such guard file")
+        if path.stat().st_size > MAX_GUARD_BYTES:
+            raise InputError(f"{path}: larger than {MAX_GUARD_BYTES} bytes, which no guard is")
         try:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {}).get("guardfold", "null"))

@@ -21,6 +21,7 @@ from .vlm import VLM
 
 BUILT_IN_ANCHORS = Path(str(files("guardfold.guard") / "data" / "anchors.jsonl"))
 MAX_ROW_BYTES = 2**16
+MAX_FILE_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,10 @@ def rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, row) of a JSONL or CSV file. InputError, naming the line, for what is not a row."""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise InputError(f"{path}: larger than {MAX_FILE_BYTES} bytes")
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets begin their CSV with a mark
             if path.suffix.lower() == ".csv":
                 reader = csv.DictReader(file)
                 for row in reader:
@@ -103,8 +106,8 @@ def load_anchors(path: Path = BUILT_IN_ANCHORS) -> Anchors:
 
 def load_image(folder: Path, name: str, where: str) -> Image.Image:
     """The picture `name` inside `folder`; InputError if it leads outside or is no picture."""
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()) or not path.is_file():
+    path = folder / name
+    if "\0" in name or not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
         raise InputError(f"{where}: {name!r} is not a file inside {folder}")
     try:
         return Image.open(path).convert("RGB")

@@ -42,6 +42,16 @@ def open_regular(folder: Path, name: str) -> int:
     return descriptor
 
 
+def check_files(folder: Path, suffixes: tuple[str, ...]) -> None:
+    """InputError if a file of `folder` with such a name is a pipe, a device, or a link that leaves the folder.
+
+    For those who hand the folder to a library that opens files by itself.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.name.endswith(suffixes):
+            os.close(open_regular(folder, path.name))
+
+
 def read_bytes(folder: Path, name: str, limit: int) -> bytes:
     """The bytes of `name` in `folder`. InputError if it is no regular file of the folder, or larger than `limit`."""
     with os.fdopen(open_regular(folder, name), "rb") as file:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +25,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from .errors import InputError
 from .hub import download, is_hub_id, split_revision
+from .templates import check_template
+from .untrusted import check_files, parse_object, read_bytes
 
 ALIASES = {
     "llava": "llava-hf/llava-1.5-7b-hf",
@@ -92,6 +94,19 @@ EXTRA_LAYER_LISTS = ("gated_cross_attn_layers",)
 SMALL_BYTES = 64 * 2**20
 MAX_CONFIG_BYTES = 16 * 2**20
 
+MAX_NUMBERS = {"layers": 1024, "depth": 1024, "experts": 1024, "heads": 4096, "image_size": 4096, "size": 2**22}
+"""End of a key in config.json -> the largest number it may have: far above any model, far below exhausting memory."""
+
+MAX_NUMBER = 2**32
+PROCESSOR_FILES = (
+    "tokenizer_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
+READ_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".safetensors")
+"""Of files that transformers may open in a model folder."""
+
 
 @dataclass(frozen=True)
 class VLM:
@@ -150,21 +165,45 @@ def resolve(name: str) -> tuple[Path, str]:
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of `folder`, checked to be a vision-language model's; InputError otherwise."""
     path = folder / "config.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise InputError(f"{folder}: no config.json; --model takes a folder in the Hugging Face layout")
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise InputError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: not a JSON object")
+    check_files(folder, READ_SUFFIXES)
+    config = parse_object(read_bytes(folder, path.name, MAX_CONFIG_BYTES), str(path))
+    _refuse_code(folder, config)
     if str(config.get("model_type")) not in {*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, *OTHER_CLASSES}:
         raise InputError(
             f"{folder}: model_type {config.get('model_type')!r} is not a vision-language model that transformers knows"
         )
+    _check_numbers(path, config)
     return config
+
+
+def _refuse_code(folder: Path, config: Mapping[str, Any]) -> None:
+    """InputError if a file names Python code of its own: none is ever run here, so there is nothing to allow."""
+    named = ["config.json"] if "auto_map" in config else []
+    for name in PROCESSOR_FILES:
+        if os.path.lexists(folder / name):
+            found = parse_object(read_bytes(folder, name, MAX_CONFIG_BYTES), str(folder / name))
+            named += [name] if "auto_map" in found else []
+    if named:
+        raise InputError(
+            f"{folder / named[0]}: names code of its own (auto_map), which guardfold never runs; "
+            "remove the entry if transformers knows the model without it"
+        )
+
+
+def _check_numbers(where: Path, value: Any, key: str = "") -> None:
+    """InputError for a number that would make a model of any size before a tensor contradicts it."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _check_numbers(where, inner, str(name))
+    elif isinstance(value, list):
+        for inner in value:
+            _check_numbers(where, inner, key)
+    elif isinstance(value, int):
+        limit = next((limit for end, limit in MAX_NUMBERS.items() if key.endswith(end)), MAX_NUMBER)
+        if not -limit <= value <= limit:
+            raise InputError(f"{where}: {key} is {value}, the limit is {limit}")
 
 
 def auto_class(config: Mapping[str, Any]) -> Any:
@@ -227,15 +266,16 @@ def threads_for(folder: Path) -> Iterator[None]:
 
 
 def load_processor(folder: Path) -> ProcessorMixin:
-    """The processor in `folder`, padding on the left; InputError if there is none or it has no chat template."""
+    """The processor in `folder`, padding on the left; InputError if there is none or its chat template fails."""
     try:
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # foreign files can break a tokenizer in any way
         raise InputError(f"{folder}: transformers cannot load its processor ({_first_line(error)})") from error
     if getattr(processor, "tokenizer", None) is None:
         raise InputError(f"{folder}: its processor has no tokenizer")
     if processor.chat_template is None and processor.tokenizer.chat_template is None:
         raise InputError(f"{folder}: its processor has no chat template (chat_template.jinja)")
+    check_template(processor, folder)
     processor.tokenizer.padding_side = "left"
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token

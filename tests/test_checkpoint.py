@@ -367,9 +367,9 @@ def test_what_is_not_a_regular_file_is_refused_without_waiting_for_it(
 
 
 CONFIGS: dict[str, tuple[bytes, str]] = {
-    "not JSON": (b"{oops", "not JSON"),
-    "not UTF-8": (b"\xff", "not JSON"),
-    "too deep": (b"[" * 100_000, "not JSON"),
+    "not JSON": (b"{oops", "not sound JSON"),
+    "not UTF-8": (b"\xff", "not sound JSON"),
+    "too deep": (b"[" * 100_000, "not sound JSON"),
     "not an object": (b"[1]", "not a JSON object"),
     "huge": (b" " * (16 * 2**20 + 1), "larger than"),
     "no type": (b"{}", "model_type None is not a vision-language model"),
@@ -387,12 +387,16 @@ def test_a_broken_config_is_refused(tmp_path: Path, kind: str) -> None:
     refused(folder, str(folder), says)
 
 
-@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: None], ids=["pipe", "folder", "nothing"])
-def test_a_config_that_is_no_file_is_refused(tmp_path: Path, make: Callable[[Path], None]) -> None:
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [(os.mkfifo, "not a regular file"), (os.mkdir, "not a regular file"), (lambda path: None, "no config")],
+    ids=["pipe", "folder", "nothing"],
+)
+def test_a_config_that_is_no_file_is_refused(tmp_path: Path, make: Callable[[Path], None], says: str) -> None:
     folder = folder_with(tmp_path, container(GOOD))
     (folder / "config.json").unlink()
     make(folder / "config.json")
-    refused(folder, "config.json", "no config")
+    refused(folder, "config.json", says)
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def test_help_names_every_verb_and_exit_status(guardfold: Command, tmp_path: Pat
     done = guardfold("--help", cwd=tmp_path)
     assert (done.status, done.err) == (0, "")
     assert all(verb in done.out for verb in VERBS)
-    assert all(said in done.out for said in ("0 done", "1 unexpected", "2 bad input", "3 refused"))
+    assert all(said in done.out for said in ("0 done", "1 unexpected", "2 bad input", "3 refused", "130 interr"))
     assert "guardfold export --model demo" in done.out
 
 
@@ -121,6 +121,9 @@ BAD_INPUT: dict[str, tuple[tuple[str, ...], str]] = {
     "layers out of range": ((*EXPORT, "--layers", "1-3"), "layer 1-3 is out of range; layers are 0 to 2"),
     "rank above the anchors": ((*EXTRACT, "--rank", "5", "--anchors", "few.jsonl"), "--rank 5: more than the 4 anchor"),
     "an unknown scope": ((*EXPORT, "--scope", "everything"), "--scope everything: one of sublayers, shared"),
+    "an unknown rounding": ((*EXPORT, "--rounding", "up"), "--rounding up: one of repair, nearest"),
+    "an unknown link": ((*EXPORT, "--link", "soft"), "--link soft: one of auto, reflink, hard, none"),
+    "no jobs": ((*EXPORT, "--jobs", "0"), "--jobs"),
     "strength 0": ((*EXPORT, "--strength", "0"), "strength 0.0 is not in (0, 1]"),
     "strength above 1": ((*EXTRACT, "--strength", "1.01"), "strength 1.01 is not in (0, 1]"),
     "an unknown guard": (

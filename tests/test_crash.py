@@ -88,13 +88,16 @@ def test_where_names_cannot_be_exchanged_a_kill_between_the_renames_is_made_good
     (tmp_path / "out" / "guarded" / "first").touch()
 
     def killed() -> None:
-        stages._exchange = lambda *_: False
         rename, calls = Path.rename, iter([True])
 
-        def once(*paths: Any) -> Any:
-            return rename(*paths) if next(calls, False) else os.kill(os.getpid(), signal.SIGKILL)
+        def once(path: Path, target: Path) -> Path:
+            if not next(calls, False):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return rename(path, target)
 
-        Path.rename = once  # type: ignore[method-assign, assignment]
+        patch = pytest.MonkeyPatch()
+        patch.setattr(stages, "_exchange", lambda *_: False)
+        patch.setattr(Path, "rename", once)
         run(tmp_path, True)
 
     assert ended(forked(killed)) == -signal.SIGKILL

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -15,6 +16,8 @@ from huggingface_hub import metadata_load
 from transformers import AutoModelForImageTextToText
 from zoo import FAMILIES, Tiny, change_tensors, random_basis, tensors
 
+from guardfold.export.rewrite import Link, Writing
+from guardfold.export.rounding import ROUNDINGS, Rounding
 from guardfold.export.staging import staging
 from guardfold.guard.errors import InputError
 from guardfold.guard.guard import Guard
@@ -126,6 +129,7 @@ def test_the_manifest_holds_the_hash_of_every_file_and_says_not_verified(source:
     assert manifest["files"] == {name: d for name, d in contents(result.folder).items() if name != "guardfold.json"}
     assert (manifest["verified"], manifest["status"], manifest["verdict"]) == (False, "NOT VERIFIED", "not measured")
     assert manifest["source"] == {"model": "model", "revision": None}
+    assert manifest["rounding"] == manifest["figures"]["equivalence"]["rounding"] == "repair"
     assert manifest["guard"]["sha256"] == GUARD.hash
     assert manifest["guard"]["interventions"] == json.loads(json.dumps(GUARD.describe()))
     assert manifest["guard"]["provenance"] == {"made": "by hand"}
@@ -166,6 +170,7 @@ def test_the_card_has_front_matter_with_the_licence_of_the_base(
     assert body[0].startswith("# model")
     assert body[2].startswith("**NOT VERIFIED.**")
     assert "Behaviour was not measured." in text
+    assert "can be removed by whoever holds the weights, and is not adversarially robust" in text
     assert "sublayer-projection" in text
 
 
@@ -368,3 +373,68 @@ def test_where_the_embedding_was_edited_the_config_never_says_that_the_head_is_t
     folder = export(source, str(tmp_path / "guard.safetensors"), tmp_path / "guarded").folder
     written = json.loads((folder / "config.json").read_text())
     assert written["tie_word_embeddings"] is written["text_config"]["tie_word_embeddings"] is False
+
+
+def test_untouched_files_are_copied_shared_or_linked_as_asked(guard_file: str, tmp_path: Path) -> None:
+    shards = Tiny().save(tmp_path / "shards", max_shard_size="20KB")
+    untouched = min(path.name for path in shards.glob("*.safetensors"))
+    links: tuple[Link, ...] = ("none", "auto", "hard")
+    for link in links:
+        folder = export(shards, guard_file, tmp_path / link, writing=Writing(link=link)).folder
+        assert contents(folder)[untouched] == contents(shards)[untouched]
+        assert (folder / untouched).samefile(shards / untouched) == (link == "hard")
+        edited = [path for path in folder.glob("*.safetensors") if not path.samefile(shards / path.name)]
+        assert edited, "what was edited is never linked"
+    before = contents(tmp_path / "none")
+    assert {name: before[name] for name in before if name.endswith(".safetensors")}.items() <= contents(
+        tmp_path / "hard"
+    ).items()
+
+
+def test_a_link_that_cannot_be_had_is_refused_by_name(
+    guard_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = Tiny().save(tmp_path / "shards", max_shard_size="20KB")
+
+    def fails(*_: Any) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr("fcntl.ioctl", fails)
+    monkeypatch.setattr(Path, "hardlink_to", fails)
+    insisting: tuple[Link, ...] = ("reflink", "hard")
+    for link in insisting:
+        with pytest.raises(InputError, match=rf"--link {link} is not possible here \(.*\); use --link auto"):
+            export(shards, guard_file, tmp_path / "out" / "guarded", writing=Writing(link=link))
+        assert list((tmp_path / "out").iterdir()) == []
+    export(shards, guard_file, tmp_path / "out" / "guarded", writing=Writing(link="auto"))
+
+
+@pytest.mark.parametrize("jobs", [1, 2, 7])
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_any_number_of_threads_writes_the_same(tmp_path: Path, rounding: Rounding, jobs: int) -> None:
+    source = Tiny(dtype=torch.bfloat16).save(tmp_path / "model", max_shard_size="20KB")
+    Guard((SharedProjection(random_basis(2, 32)),)).save(tmp_path / "guard.safetensors")
+    ways = [Writing(jobs, rounding), Writing(1, rounding)]
+    one, other = (
+        tensors(export(source, str(tmp_path / "guard.safetensors"), tmp_path / str(i), writing=way).folder)
+        for i, way in enumerate(ways)
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_rounding_is_recorded_and_decides_what_a_check_tolerates(tmp_path: Path) -> None:
+    source = Tiny(dtype=torch.bfloat16, bias=False).save(tmp_path / "model")
+    GUARD.save(tmp_path / "guard.safetensors")
+    leaks = {}
+    for rounding in ROUNDINGS:
+        writing = Writing(rounding=rounding)
+        folder = export(source, str(tmp_path / "guard.safetensors"), tmp_path / rounding, writing=writing).folder
+        assert json.loads((folder / "guardfold.json").read_text())["rounding"] == rounding
+        assert ("with repair" in (folder / "README.md").read_text()) == (rounding == "repair")
+        found = check_guarded(folder, str(source), skip_behaviour=True)
+        assert found.sound and found.equivalence
+        leaks[rounding] = found.equivalence.tensor_leak or 0
+    assert leaks["nearest"] > 20 * leaks["repair"]
+    manifest = tmp_path / "nearest" / "guardfold.json"
+    manifest.write_text(manifest.read_text().replace('"rounding": "nearest"', '"rounding": "repair"'))
+    assert not check_guarded(tmp_path / "nearest", str(source), skip_behaviour=True).sound

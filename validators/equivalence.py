@@ -165,7 +165,7 @@ def _compare(
     off = places_off(source, folded, fold)
     misplaced = max(off, key=lambda name: off[name], default=None)
     per_tensor = tensor_leaks(source, folded, fold.edits)
-    limits = {name: tensor_tolerance(dtypes[name], fold.edits[name], rounding) for name in per_tensor}
+    limits = {name: tensor_tolerance(folded.info(name), fold.edits[name], rounding) for name in per_tensor}
     worst_tensor = max(per_tensor, key=lambda name: per_tensor[name] / limits[name], default=None)
     choices = [torch.cat([each.argmax(-1) for each in logits.values()]).tolist() for logits in (got, hooked)]
     result = Equivalence(

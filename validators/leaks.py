@@ -7,6 +7,7 @@ sees a bias or gate that is too near zero to show in activations.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..export.checkpoint import DTYPES, Checkpoint
+from ..export.checkpoint import DTYPES, Checkpoint, TensorInfo
 from ..export.edits import Edit, ProjectColumns, Projecting, ProjectRows, SetColumns, row_blocks, written_along
 from ..export.rounding import REPAIRED, Rounding
 from ..guard.guard import Guard
@@ -138,15 +139,17 @@ def tensor_leaks(source: Checkpoint, folded: Checkpoint, edits: Mapping[str, Seq
     }
 
 
-def tensor_tolerance(dtype: str, edits: Sequence[Edit], rounding: Rounding) -> float:
-    """What rounding to `dtype` may leave in a tensor with these projections.
+def tensor_tolerance(info: TensorInfo, edits: Sequence[Edit], rounding: Rounding) -> float:
+    """What rounding may leave in a tensor of this dtype and shape with these projections.
 
     nearest: its error is one of many random directions, hence 8 unit roundoffs.  repair: three times what is left of
-    random weights and directions, about u m / d (measured, u / 1500 to u / 9 for d / m from 4096 to 11).
+    random weights and directions, about u m / d (measured, u / 1500 to u / 9 for d / m from 4096 to 11); more where few
+    columns share the chance, eightfold in a bias.
     """
-    u = unit_roundoff(DTYPES[dtype])
+    u = unit_roundoff(DTYPES[info.dtype])
     along = written_along(edits)
-    if rounding == "nearest" or along is None or dtype not in REPAIRED:
+    if rounding == "nearest" or along is None or info.dtype not in REPAIRED:
         return max(EXACT_TOLERANCE, 8 * u)
     rank, width = along[0].shape
-    return max(EXACT_TOLERANCE, 3 * u * rank / width)
+    columns = max(1, math.prod(info.shape) // width)
+    return max(EXACT_TOLERANCE, 3 * u * rank / width * (1 + 7 / columns))

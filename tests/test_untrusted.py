@@ -1,0 +1,247 @@
+"""Files that others wrote, beyond headers and indices: links, pipes, code, quantised weights, absurd numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gates import make_gate
+from test_checkpoint import CONFIG, GOOD, container, folder_with, refused, within
+from zoo import change_tensors, random_basis
+
+from guardfold.export.checkpoint import SINGLE_FILE, Checkpoint, header_bytes, parse_header
+from guardfold.export.writers import family_of
+from guardfold.guard import templates
+from guardfold.guard.errors import InputError
+from guardfold.guard.guard import MAX_GUARD_BYTES, Guard
+from guardfold.guard.interventions import SublayerProjection
+from guardfold.guard.prompts import load_anchors, load_image
+from guardfold.guard.untrusted import ASCII_FROM_BYTES, MAX_PARTS, parse_object
+from guardfold.guard.vlm import load_processor
+from guardfold.pipeline import GuardOptions, export_guarded
+
+
+@pytest.fixture
+def model(tmp_path: Path, tiny_folder: Path) -> Path:
+    """A copy of the tiny model."""
+    return Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+
+
+def configured(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    """`folder` with a config.json that `change` has changed."""
+    config = json.loads(CONFIG)
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def sound(tmp_path: Path) -> Path:
+    return folder_with(tmp_path / "model", container(GOOD))
+
+
+def test_a_header_is_parsed_from_its_bytes_alone() -> None:
+    """As it comes by range requests, where there is no file."""
+    data = container(GOOD)
+    length = header_bytes(data[:8], len(data), "far away")
+    assert list(parse_header(data[8 : 8 + length], len(data), "far away")) == list(GOOD)
+    with pytest.raises(InputError, match=r"^far away: not a safetensors file"):
+        header_bytes(data[:7], len(data), "far away")
+    with pytest.raises(InputError, match=rf"^far away: {len(data) + 1} bytes long, its header describes {len(data)}$"):
+        parse_header(data[8 : 8 + length], len(data) + 1, "far away")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "chat_template.jinja", "vocab.txt"])
+def test_no_file_that_would_be_read_leads_outside(tmp_path: Path, name: str) -> None:
+    folder = sound(tmp_path)
+    (tmp_path / "elsewhere").write_text(CONFIG)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    refused(folder, name, "leads outside the model folder")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "chat_template.jinja", "tokenizer.model"])
+def test_no_file_that_would_be_read_is_a_pipe(tmp_path: Path, name: str) -> None:
+    folder = sound(tmp_path)
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    refused(folder, name, "not a regular file")
+
+
+def test_a_socket_a_device_and_a_link_to_itself_are_no_weights(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path / "model")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(folder / SINGLE_FILE))
+        refused(folder, SINGLE_FILE, "cannot be read|not a regular file")
+    (folder / SINGLE_FILE).unlink()
+    (folder / SINGLE_FILE).symlink_to("/dev/zero")
+    refused(folder, SINGLE_FILE, "leads outside the model folder")
+    (folder / SINGLE_FILE).unlink()
+    (folder / SINGLE_FILE).symlink_to(SINGLE_FILE)
+    refused(folder, SINGLE_FILE, "cannot be read|no .*weights|leads")
+
+
+CODE = ["config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"]
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_code_of_a_models_own_is_refused(tmp_path: Path, name: str) -> None:
+    folder = sound(tmp_path)
+    held = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+    (folder / name).write_text(json.dumps({**held, "auto_map": {"AutoConfig": "code.Config"}}))
+    refused(folder, name, r"names code of its own \(auto_map\), which guardfold never runs")
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, r"quantised \(gptq\)"),
+        ({"quant_method": "awq", "bits": 4}, r"quantised \(awq\)"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, r"quantised \(bitsandbytes\)"),
+        ({"quant_method": "fp8", "activation_scheme": "dynamic"}, r"quantised \(fp8\)"),
+        ({"config_groups": {}}, r"quantised \(quantization_config in config\.json\)"),
+        (["int4"], r"quantised \(quantization_config in config\.json\)"),
+    ],
+)
+@pytest.mark.parametrize("part", [None, "text_config"])
+def test_a_quantised_checkpoint_is_refused_with_advice(tmp_path: Path, part: str | None, entry: Any, says: str) -> None:
+    folder = configured(
+        sound(tmp_path), lambda config: (config[part] if part else config).update(quantization_config=entry)
+    )
+    refused(folder, str(folder), says + "; .*guard the base model and quantise the result again, or .*LoRA adapter")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
+@pytest.mark.parametrize("writer", [True, False], ids=["projected", "gated"])
+def test_weights_of_a_dtype_that_cannot_be_folded_are_refused_by_name(
+    tmp_path: Path, model: Path, dtype: torch.dtype, writer: bool
+) -> None:
+    name = f"language_model.model.layers.1.mlp.{'down' if writer else 'gate'}_proj.weight"
+    change_tensors(model, lambda held: held.update({name: held[name].to(dtype)}))
+    guard = SublayerProjection({1: random_basis(1, 32)}) if writer else make_gate(recycled=(0, 1))
+    Guard((guard,)).save(tmp_path / "guard.safetensors")
+    with pytest.raises(InputError, match=rf"tensor '{name}' is (F8_E|I8).*; quantised checkpoints are not folded: "):
+        export_guarded(
+            str(model),
+            tmp_path / "out" / "guarded",
+            GuardOptions(guard=str(tmp_path / "guard.safetensors")),
+            skip_behaviour=True,
+        )
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "limit"),
+    [
+        ("text_config", "num_hidden_layers", 10**6, 1024),
+        ("vision_config", "num_hidden_layers", 10**9, 1024),
+        ("text_config", "num_local_experts", 10**5, 1024),
+        ("vision_config", "image_size", 2**20, 4096),
+        ("text_config", "hidden_size", 2**40, 2**22),
+        ("text_config", "num_hidden_layers", -(10**6), 1024),
+        ("text_config", "max_position_embeddings", 2**60, 2**32),
+    ],
+)
+def test_absurd_numbers_are_refused_before_a_model_is_made_of_them(
+    tmp_path: Path, part: str, key: str, value: int, limit: int
+) -> None:
+    folder = configured(sound(tmp_path), lambda config: config[part].update({key: value}))
+    refused(folder, "config.json", f"{key} is {value}, the limit is {limit}")
+
+
+@pytest.mark.parametrize(("layers", "says"), [(4, "no tensor for"), (200, "no tensor for"), (0, "")])
+def test_more_layers_than_there_are_tensors_are_refused(model: Path, layers: int, says: str) -> None:
+    config = json.loads((model / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = layers
+    (model / "config.json").write_text(json.dumps(config))
+    if says:
+        with within(60), pytest.raises(InputError, match=says) as error:
+            family_of(Checkpoint.open(model))
+        assert "\n" not in str(error.value)
+    else:
+        assert family_of(Checkpoint.open(model)).layers == 0
+
+
+def test_json_that_would_fill_the_memory_is_refused_unread() -> None:
+    with pytest.raises(InputError, match=f"^x: not sound JSON .over {MAX_PARTS} values"):
+        parse_object(b"[" + b"{}," * MAX_PARTS + b"{}]", "x")
+    with pytest.raises(InputError, match=r"^x: not sound JSON .over .* not all of them ASCII"):
+        parse_object(b'{"a": "' + b"a" * ASCII_FROM_BYTES + "é".encode() + b'"}', "x")
+    assert parse_object(b'{"a": "' + b"a" * ASCII_FROM_BYTES + b'"}', "x")
+
+
+def test_a_guard_file_that_is_far_too_large_is_not_opened(tmp_path: Path) -> None:
+    with (tmp_path / "guard.safetensors").open("wb") as file:
+        file.truncate(MAX_GUARD_BYTES + 1)
+    with pytest.raises(InputError, match=r"guard\.safetensors: larger than \d+ bytes, which no guard is"):
+        Guard.load(tmp_path / "guard.safetensors")
+
+
+def test_a_spreadsheets_mark_at_the_start_of_a_file_is_no_part_of_its_first_column(tmp_path: Path) -> None:
+    for name, text in (
+        ("anchors.csv", "harmful,harmless\nhow to steal ?,how to walk ?\n"),
+        ("anchors.jsonl", '{"harmful": "how to steal ?", "harmless": "how to walk ?"}\n'),
+    ):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+        assert load_anchors(tmp_path / name).harmful == ("how to steal ?",)
+
+
+def test_a_prompt_file_that_is_far_too_large_is_refused(tmp_path: Path) -> None:
+    with (tmp_path / "anchors.jsonl").open("wb") as file:
+        file.truncate(2**30)
+    with pytest.raises(InputError, match=r"anchors\.jsonl: larger than"):
+        load_anchors(tmp_path / "anchors.jsonl")
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "a\0b", "absent.png", "linked.png"])
+def test_a_picture_that_is_not_in_the_folder_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "secret.png").write_bytes(b"")
+    (tmp_path / "images" / "linked.png").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(InputError, match=r"^here: .* is not a file inside"):
+        load_image(tmp_path / "images", name, "here")
+
+
+TEMPLATES = {
+    "endless": (
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% set c = a * b %}{% endfor %}{% endfor %}",
+        "takes over 1 seconds",
+    ),
+    "a large text": ("{{ 'a' * 10 ** 11 }}", "takes over .* MB"),
+    "a growing text": (
+        "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}",
+        "takes over .* MB",
+    ),
+    "a long answer": ("{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}", "makes over .* characters"),
+    "not a template": ("{% for %}", "fails .TemplateSyntaxError"),
+    "a complaint": ("{{ raise_exception('not today\nnor tomorrow') }}", "fails .TemplateError: not today nor tomorrow"),
+    "an escape": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "fails .SecurityError"),
+}
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_a_hostile_chat_template_is_refused_in_time(model: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    template, says = TEMPLATES[kind]
+    (model / "chat_template.jinja").write_text(template)
+    if kind == "endless":
+        monkeypatch.setattr(templates, "SECONDS", 1.0)
+    with within(60), pytest.raises(InputError, match=f"its chat template {says}") as error:
+        load_processor(model)
+    assert "\n" not in str(error.value)
+
+
+def test_a_sound_chat_template_is_taken(model: Path) -> None:
+    (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}{% endfor %}")
+    assert load_processor(model).chat_template
+
+
+def test_a_damaged_tokenizer_is_refused(model: Path) -> None:
+    (model / "tokenizer.json").write_text('{"version": 7}')
+    with pytest.raises(InputError, match="transformers cannot load its processor"):
+        load_processor(model)
