@@ -80,7 +80,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
         (root / name / "model.safetensors").unlink()
     (root / "pickled" / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     (root / "damaged" / "model.safetensors").write_bytes(b"oops")
-    save(Tiny(text="starcoder2").config(), root / "starcoder2")
+    save(Tiny(text="falcon").config(), root / "falcon")
     Guard((SublayerProjection({1: random_basis(1, 32)}),)).save(root / "guard.safetensors")
     Guard((SublayerProjection({7: random_basis(1, 32)}),)).save(root / "high.safetensors")
     (root / "malformed.jsonl").write_text(json.dumps(pairs[0]) + "\noops\n")
@@ -110,8 +110,8 @@ BAD_INPUT: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "damaged weights": (("export", "--model", "damaged", *NEW), "model.safetensors: not a safetensors file"),
     "extracting from damaged weights": (("extract", "--model", "damaged", "-o", "new.safetensors"), "damaged"),
-    "unknown family": (("export", "--model", "starcoder2", *NEW), "text model 'starcoder2' has no row"),
-    "inspecting an unknown family": (("inspect", "starcoder2"), "text model 'starcoder2' has no row"),
+    "unknown family": (("export", "--model", "falcon", *NEW), "text model 'falcon' has no row"),
+    "inspecting an unknown family": (("inspect", "falcon"), "text model 'falcon' has no row"),
     "anchors not JSON": ((*EXPORT, "--anchors", "malformed.jsonl"), "malformed.jsonl, line 2: not JSON"),
     "anchors without a column": ((*EXTRACT, "--anchors", "strange.jsonl"), "line 2: 'harmless' is missing"),
     "no anchors": ((*EXTRACT, "--anchors", "absent.jsonl"), "absent.jsonl: no such file"),

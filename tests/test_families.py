@@ -41,6 +41,7 @@ REFUSED = {
 """Whose residual stream as a whole no weights project; their sublayers they do."""
 APPROXIMATE = {
     *("llava+olmo2", "glm4v", "paligemma+gemma2", "gemma3", "lfm3_vl", "ernie4_5_vl_moe", "glm46v", "glmga", "glm_ocr"),
+    *("llava+olmo3", "llava+glm4", "llava+gemma2", "llava+gemma3_text"),
     *("exaone4_5", "hyperclovax_vision_v2", "gemma4_unified", "muse_glimmer", "shieldgemma2"),
 }
 REFUSED_IF_TIED = {"idefics"}

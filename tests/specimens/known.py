@@ -9,10 +9,11 @@ from specimens.grid_kind import GRID_KIND
 from specimens.llava_kind import LLAVA_KIND, TIED_OPT
 from specimens.mixture import MIXTURE
 from specimens.oddities import ODDITIES
+from specimens.text_kind import TEXT_KIND
 from specimens.tile_kind import TILE_KIND
 
-KNOWN: list[Specimen] = [*LLAVA_KIND, *GRID_KIND, *GEMMA_KIND, *TILE_KIND, *MIXTURE, *BRIDGES, *ODDITIES]
-UNTIED = {"llava+opt", "mllama", "molmo2", "molmo2+norm_after"}
+KNOWN: list[Specimen] = [*LLAVA_KIND, *TEXT_KIND, *GRID_KIND, *GEMMA_KIND, *TILE_KIND, *MIXTURE, *BRIDGES, *ODDITIES]
+UNTIED = {"llava+opt", "llava+gpt_neox", "mllama", "molmo2", "molmo2+norm_after"}
 REFUSED = [GEMMA3N, TIED_OPT]
 UNBUILDABLE: dict[str, str] = {
     "gemma3n": "TimmWrapperModel requires the timm library",

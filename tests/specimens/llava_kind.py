@@ -20,11 +20,17 @@ FRAMES = 3
 CLIP, SIGLIP = "clip_vision_model", "siglip_vision_model"
 
 
+OF_TEXT: dict[str, dict[str, Any]] = {
+    "granite": {"embedding_multiplier": 1.5, "residual_multiplier": 0.7, "logits_scaling": 2.0},
+    "qwen3_next": {"full_attention_interval": 2},
+    "stablelm": {"partial_rotary_factor": 0.5},
+}
+
+
 def llava(outer: str, kind: str, tower: str, more: Mapping[str, Any], knobs: Knobs) -> Any:
-    granite = {"embedding_multiplier": 1.5, "residual_multiplier": 0.7, "logits_scaling": 2.0}
     return AutoConfig.for_model(
         outer,
-        text_config=language(kind, knobs, **(granite if kind == "granite" else {})),
+        text_config=language(kind, knobs, **OF_TEXT.get(kind, {})),
         vision_config=vision(tower, **({"vision_use_head": False} if tower == SIGLIP else {})),
         image_token_index=IMAGE,
         multimodal_projector_bias=knobs.bias,
@@ -33,9 +39,9 @@ def llava(outer: str, kind: str, tower: str, more: Mapping[str, Any], knobs: Kno
     )
 
 
-def untied(knobs: Knobs) -> Any:
-    """LLaVA with OPT, never tied: see UNBUILDABLE."""
-    return llava("llava", "opt", CLIP, FEATURES, replace(knobs, tied=False))
+def untied(kind: str, knobs: Knobs) -> Any:
+    """LLaVA with a decoder whose embedding it cannot tie: see UNBUILDABLE."""
+    return llava("llava", kind, CLIP, FEATURES, replace(knobs, tied=False))
 
 
 def tied(knobs: Knobs) -> Any:
@@ -115,7 +121,7 @@ LLAVA_KIND = [
         Specimen(f"llava+{kind}", partial(llava, "llava", kind, CLIP, FEATURES), square)
         for kind in ("llama", "mistral", "qwen2", "phi", "olmo2", "gemma")
     ],
-    Specimen("llava+opt", untied, square),
+    Specimen("llava+opt", partial(untied, "opt"), square),
     Specimen("vipllava", partial(llava, "vipllava", "llama", CLIP, {"vision_feature_layer": [-1, -2]}), square),
     Specimen("video_llava", partial(llava, "video_llava", "llama", CLIP, FEATURES | VIDEO_TOKEN), square_or_video),
     *[

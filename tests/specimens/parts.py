@@ -20,7 +20,7 @@ BIAS_FLAGS = {
     "opt": ("enable_bias",),
     **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "olmo2", "cohere", "cohere2", "qwen3"), ("attention_bias",)),
 }
-HEAD_DIM = {"llama", "mistral", "gemma", "gemma2", "gemma3_text", "qwen3"}
+HEAD_DIM = {"llama", "mistral", "gemma", "gemma2", "gemma3_text", "helium", "qwen3"}
 
 
 def language(kind: str, knobs: Knobs, **more: Any) -> dict[str, Any]:
