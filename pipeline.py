@@ -69,8 +69,9 @@ from .validators.verdict import Verdict
 
 PRESETS = ("auto", "vlm-guard", "gate", "projection")
 DEFAULT_PRESET = "auto"
-RESIDUAL_ALPHA = {"projection": 0.0, "vlm-guard": 1.0}
-"""How strongly a preset aligns on the residual stream, in scope residual."""
+RESIDUAL_ALPHA = {"projection": 0.0, "vlm-guard": 2.0}
+"""How strongly a preset aligns, in scope residual. The published method aligns with another pass's states; with a
+position's own, alpha = 1 gives back just what the projection took, and 2 doubles what points towards harm."""
 
 MAX_ANCHORS = 100
 """Pairs that a projection on its own is extracted from (the paper's N)."""

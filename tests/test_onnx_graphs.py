@@ -41,8 +41,8 @@ def test_every_family_with_a_path_has_a_specimen() -> None:
     assert FAMILIES.keys() == PATHS.keys()
 
 
-EVERY_TIME = ("llava_next", "qwen2_5_vl")
-"""One path of each kind; the others are for continuous integration."""
+EVERY_TIME = ("qwen2_5_vl",)
+"""The path with most to work out in its graph; the others are for continuous integration."""
 
 
 @pytest.mark.parametrize(
