@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from crash import FORMATS, killed_exports
+from transformers.utils import logging
 
 
 def main() -> None:
@@ -21,6 +22,8 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # its lock is shared with the children: one killed inside would hold it for ever
     for name, shards in FORMATS.items():
         with tempfile.TemporaryDirectory() as scratch:
             killed, finished = killed_exports(Path(scratch), shards, given.times // len(FORMATS), given.seed)
