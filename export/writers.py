@@ -149,19 +149,32 @@ class Table:
         return self.with_rows(rows)
 
 
-def _check_rows(path: Path, rows: Row) -> None: if not rows or not set(rows) <= {"text", "vision"}: raise
-InputError(f"{path}: needs [text] or [vision], and nothing else") for part, row in rows.items(): types =
-row.get("model_types") if isinstance(row, dict) else None if not isinstance(types, list) or not types or not
-all(isinstance(each, str) for each in types): raise InputError(f"{path}: [{part}] needs model_types, a list of names")
-for writer in _tables(path, part, row, "writer"): names = [writer[key] for key in ("module", "parameter") if key in
-writer] if writer.get("role") not in get_args(Role) or len(names) != 1 or not isinstance(names[0], str): roles = ",
-".join(get_args(Role)) raise InputError(f"{path}: a writer of [{part}] needs a role ({roles}) and a module or a
-parameter") if writer.get("axis", 0) not in (0, 1, 2) or not isinstance(writer.get("axis", 0), int): raise
-InputError(f"{path}: {names[0]}: axis {writer['axis']!r} is not 0, 1 or 2") if not isinstance(writer.get("post_norm",
-""), str): raise InputError(f"{path}: {names[0]}: post_norm is not a name") for mlp in _tables(path, part, row, "mlp"):
-if not {"gate", "down"} <= set(mlp) <= set(_PARTS) or not all(isinstance(name, str) for name in mlp.values()): raise
-InputError(f"{path}: an mlp of [{part}] needs the names of gate and down, and up if it is gated") if not
-isinstance(row.get("refused", ""), str): raise InputError(f"{path}: refused of [{part}] is not a reason in words")
+def _check_rows(path: Path, rows: Row) -> None:
+    if not rows or not set(rows) <= {"text", "vision"}:
+        raise InputError(f"{path}: needs [text] or [vision], and nothing else")
+    for part, row in rows.items():
+        types = row.get("model_types") if isinstance(row, dict) else None
+        if not isinstance(types, list) or not types or not all(isinstance(each, str) for each in types):
+            raise InputError(f"{path}: [{part}] needs model_types, a list of names")
+        for writer in _tables(path, part, row, "writer"):
+            _check_writer(f"{path}: a writer of [{part}]", writer)
+        for mlp in _tables(path, part, row, "mlp"):
+            named = all(isinstance(name, str) for name in mlp.values())
+            if not named or not {"gate", "down"} <= set(mlp) <= set(_PARTS):
+                raise InputError(f"{path}: an mlp of [{part}] needs the names of gate and down, and up if it is gated")
+        if not isinstance(row.get("refused", ""), str):
+            raise InputError(f"{path}: refused of [{part}] is not a reason in words")
+
+
+def _check_writer(where: str, writer: Row) -> None:
+    names = [writer[key] for key in ("module", "parameter") if key in writer]
+    if writer.get("role") not in get_args(Role) or len(names) != 1 or not isinstance(names[0], str):
+        raise InputError(f"{where} needs a role ({', '.join(get_args(Role))}) and a module or a parameter")
+    axis = writer.get("axis", 0)
+    if not isinstance(axis, int) or axis not in (0, 1, 2):
+        raise InputError(f"{where}, {names[0]}: axis {axis!r} is not 0, 1 or 2")
+    if not isinstance(writer.get("post_norm", ""), str):
+        raise InputError(f"{where}, {names[0]}: post_norm is not a name")
 
 
 def _tables(path: Path, part: str, row: Row, key: str) -> list[Row]:
