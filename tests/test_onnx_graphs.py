@@ -21,7 +21,7 @@ from guardfold.export.checkpoint import Checkpoint
 from guardfold.export.onnx import weights
 from guardfold.export.onnx.graphs import Plan, Traced, write_graphs
 from guardfold.export.onnx.layout import DECODER, EMBED, GRAPHS, PRECISIONS, VISION, graph_file, precisions
-from guardfold.export.onnx.paths import PATHS
+from guardfold.export.onnx.paths import PATHS, path_of
 from guardfold.guard.errors import InputError
 from guardfold.guard.guard import Guard
 from guardfold.guard.interventions import ResidualProjection
@@ -222,6 +222,12 @@ def test_a_family_without_graphs_is_refused_by_name(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "video_llava"}))
     with pytest.raises(InputError, match="family 'video_llava' has no ONNX graphs yet; known: idefics3, internvl"):
         write_graphs(Checkpoint.open(folder), folder, Plan((FP32,)))
+
+
+def test_a_prefix_decoder_with_sliding_windows_is_refused(tmp_path: Path) -> None:
+    (around_gemma2,) = (specimen for specimen in KNOWN if specimen.name == "paligemma+gemma2")
+    with pytest.raises(InputError, match="paligemma with sliding windows in its decoder has no ONNX graphs yet"):
+        path_of(build(around_gemma2, Knobs()))
 
 
 @pytest.mark.parametrize(("text", "said"), [("fp31", "'fp31': one of fp32, fp16"), ("q4,q4", "names one twice")])

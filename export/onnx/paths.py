@@ -28,4 +28,8 @@ def path_of(model: PreTrainedModel) -> VisionPath:
     kind = model.config.model_type
     if kind not in PATHS:
         raise InputError(f"--format onnx: family {kind!r} has no ONNX graphs yet; known: {', '.join(sorted(PATHS))}")
+    if PATHS[kind].prefix and "sliding_attention" in (
+        getattr(model.config.get_text_config(), "layer_types", None) or ()
+    ):
+        raise InputError(f"--format onnx: {kind} with sliding windows in its decoder has no ONNX graphs yet")
     return PATHS[kind](model)
