@@ -21,6 +21,7 @@ from .guard.calibration import BUILT_IN_BENIGN, Part, Role, deal, examples, load
 from .guard.directions import Directions, extract
 from .guard.errors import InputError, Refused
 from .guard.guard import Guard, Intervention
+from .guard.images import IMAGE_KINDS
 from .guard.interventions import Gate, TwoPass
 from .guard.presets import (
     DEFAULT_LAYERS,
@@ -42,8 +43,9 @@ from .guard.vlm import VLM, load, meta_model, mlp_parts, resolve, threads_for
 from .validators.batches import comparison_batches
 from .validators.check import Evidence, examine
 from .validators.judge import ModelJudge, PhraseJudge
-from .validators.measures import markdown
+from .validators.measures import markdown, shown
 from .validators.page import render_page
+from .validators.plots import compliance_picture
 from .validators.probes import load_probes, refusal_text
 from .validators.select import Bench, best, choose, sample_scores, scrutinise
 
@@ -279,9 +281,38 @@ def export_guarded(
         (stage / "report.json").write_text(report, encoding="utf-8")
         page = render_page(name, figures, described, edits.per_layer(family))
         (stage / "report.html").write_text(page, encoding="utf-8")
-        write_card(stage, source, guard, evidence.ruling, verified, markdown(figures))
+        write_card(
+            stage,
+            source,
+            guard,
+            evidence.ruling,
+            verified,
+            markdown(figures),
+            pictures=_pictures(stage, figures),
+            command=_command(source, options),
+        )
         write_manifest(stage, source, guard, evidence.ruling, verified, figures)
     return Export(target, guard, evidence, push(target, push_to, allow_weaker=allow_weaker) if push_to else None)
+
+
+def _pictures(folder: Path, figures: dict[str, Any]) -> dict[str, str]:
+    """Draws what the card shows into `folder`: path -> caption."""
+    behaviours = shown(figures)
+    if not behaviours:
+        return {}
+    path = GUARD_FILE.with_name("compliance.png")
+    (folder / path).write_bytes(compliance_picture(behaviours, IMAGE_KINDS))
+    return {path.as_posix(): "Harmful prompts complied with, by image kind, with Wilson 95 % intervals"}
+
+
+def _command(source: Source, options: GuardOptions) -> str:
+    """What makes the same folder again: options that are not the default, files by their names alone."""
+    given = {name: value for name, value in asdict(options).items() if value != getattr(GuardOptions(), name)}
+    if "guard" in given and given["guard"] not in PRESETS:
+        given["guard"] = GUARD_FILE.as_posix()
+    model = f"{source.name}@{source.revision}" if source.revision else source.name
+    words = [f"--{name.replace('_', '-')} {getattr(value, 'name', value)}" for name, value in given.items()]
+    return " ".join(["guardfold export --model", model, *words])
 
 
 def check_guarded(
