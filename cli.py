@@ -90,10 +90,12 @@ Anchors = Annotated[
     ),
 ]
 Probes = Annotated[
-    Path | None,
+    list[str] | None,
     typer.Option(
-        help="Held-out prompts, JSONL or CSV with columns text and harmful (and answer). "
-        "Default: the model folder's own probes.jsonl, else the built-in ones."
+        metavar="FILE|NAME=PATH",
+        help="Held-out prompts, JSONL or CSV with columns text and harmful (and answer); or a benchmark's own files, "
+        "asked as well: maliciousinstruct, advbench, xstest, jailbreakv, figstep, mm-safetybench, mm-vet, vqa. "
+        "Repeatable. Default: the model folder's own probes.jsonl, else the built-in ones.",
     ),
 ]
 QA = Annotated[

@@ -46,7 +46,7 @@ from .validators.judge import ModelJudge, PhraseJudge
 from .validators.measures import markdown, shown
 from .validators.page import render_page
 from .validators.plots import compliance_picture
-from .validators.probes import load_probes, refusal_text
+from .validators.probes import Asked, load_probes, refusal_text
 from .validators.select import Bench, best, choose, sample_scores, scrutinise
 
 PRESETS = ("auto", "vlm-guard", "gate", "projection")
@@ -231,7 +231,7 @@ def export_guarded(
     output: Path | str | None = None,
     options: GuardOptions | None = None,
     *,
-    probes: Path | None = None,
+    probes: Asked = None,
     qa: Path | None = None,
     judge: str | None = None,
     skip_behaviour: bool = False,
@@ -319,7 +319,7 @@ def check_guarded(
     folder: Path,
     against: str,
     *,
-    probes: Path | None = None,
+    probes: Asked = None,
     qa: Path | None = None,
     judge: str | None = None,
     skip_behaviour: bool = False,

@@ -73,6 +73,11 @@ def matches(answer: str, expected: str) -> bool:
     return normalise(answer) == normalise(expected)
 
 
+def mentions(answer: str, expected: str) -> bool:
+    """Whether the words that were expected occur in `answer`, in their order, up to case and spacing."""
+    return re.search(rf"(?<!\w){re.escape(normalise(expected))}(?!\w)", normalise(answer)) is not None
+
+
 @dataclass(frozen=True)
 class PhraseJudge:
     """Judges by how an answer begins and whether it then turns; `refusal` is the model's one refusal text, if known."""

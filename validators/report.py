@@ -77,8 +77,8 @@ def _table(evidence: Evidence) -> Table:
     table = Table(box=box.SIMPLE_HEAD, caption=CAPTION, caption_justify="left", pad_edge=False)
     for column in ("prompts", "answers", "original", "guarded", *(["two-pass"] if evidence.reference else []), "n"):
         table.add_column(column, justify="left" if column in ("prompts", "answers") else "right", no_wrap=True)
-    for kind, before in evidence.original.kinds.items():
-        others = [each.kinds[kind].rates() for each in (evidence.guarded, evidence.reference) if each]
+    for kind, before in evidence.original.groups().items():
+        others = [each.groups()[kind].rates() for each in (evidence.guarded, evidence.reference) if each]
         for row, (name, rate) in enumerate(before.rates().items()):
             measure = MEASURES[name]
             cells = (_cell(other[name], rate, measure.more_is_better) for other in others)
