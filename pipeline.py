@@ -41,13 +41,17 @@ from .guard.prompts import BUILT_IN_ANCHORS, beside, load_anchors
 from .guard.transcripts import Usage
 from .guard.vlm import VLM, load, meta_model, mlp_parts, resolve, threads_for
 from .validators.batches import comparison_batches
-from .validators.check import Evidence, examine
+from .validators.behaviour import Behaviour, observe
+from .validators.check import NOT_MEASURED, Evidence, examine
+from .validators.endpoint import Endpoint
 from .validators.judge import ModelJudge, PhraseJudge
 from .validators.measures import markdown, shown
 from .validators.page import render_page
 from .validators.plots import compliance_picture
 from .validators.probes import Asked, load_probes, refusal_text
+from .validators.recorded import recall
 from .validators.select import Bench, best, choose, sample_scores, scrutinise
+from .validators.verdict import Verdict, judge_guard
 
 PRESETS = ("auto", "vlm-guard", "gate", "projection")
 DEFAULT_PRESET = "auto"
@@ -338,6 +342,60 @@ def check_guarded(
     decides = ModelJudge(judge) if judge else None
     with threads_for(origin):
         return examine(checkpoint, Checkpoint.open(folder), family, guard, edits, asked, decides)
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a served model does, what its baseline does where there is one, and the verdict that follows."""
+
+    endpoint: Endpoint
+    behaviour: Behaviour
+    baseline: Behaviour | None
+    verdict: Verdict | None
+
+    def figures(self) -> dict[str, Any]:
+        """Everything measured, as JSON; no answers."""
+        return {
+            "guardfold": __version__,
+            "endpoint": self.endpoint.address,
+            "model": self.endpoint.model,
+            "ruling": self.verdict.ruling if self.verdict else NOT_MEASURED,
+            "verdict": self.verdict.figures() if self.verdict else None,
+            "served": self.behaviour.figures(),
+            "original": self.baseline.figures() if self.baseline else None,
+        }
+
+
+def check_served(
+    endpoint: Endpoint,
+    *,
+    baseline: Endpoint | None = None,
+    folder: Path | None = None,
+    probes: Asked = None,
+    qa: Path | None = None,
+    judge: str | None = None,
+    report: Path | None = None,
+) -> Served:
+    """The behaviour of what an endpoint serves. The verdict is against `baseline`, else against what the report of the
+    exported `folder` has of its original, else there is none.
+
+    folder: also brings its own probes.  report: a JSON file to write the figures to.  Raises InputError if the server,
+    the probes or the folder cannot be used.
+    """
+    if folder and not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    if report and not report.parent.is_dir():
+        raise InputError(f"{report.parent}: no such folder")
+    asked = load_probes(folder, probes, qa)
+    decides = ModelJudge(judge) if judge else PhraseJudge(asked.refusal)
+    before = observe(baseline, asked, decides, "baseline") if baseline else None
+    now = observe(endpoint, asked, decides, "served")
+    if before is None and folder:
+        before = recall(folder, asked, decides.name, now)
+    served = Served(endpoint, now, before, judge_guard(before, now) if before else None)
+    if report:
+        report.write_text(json.dumps(served.figures(), indent=2) + "\n", encoding="utf-8")
+    return served
 
 
 def inspect_model(model: str, family_file: Path | None = None) -> tuple[Checkpoint, Family]:

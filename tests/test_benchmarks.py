@@ -1,4 +1,4 @@
-"""Benchmarks' own files: small ones of the same shape, with plain content, become prompts; no picture lies elsewhere."""
+"""Benchmarks' own files: small ones of the same shape, with plain content, become prompts; no picture is elsewhere."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from .equivalence import Equivalence, compare
 from .integrity import Integrity, inspect_folder
 from .judge import Judge, PhraseJudge
 from .probes import Probes
+from .recorded import asked, record
 from .statistics import Rate
 from .verdict import Verdict, judge_guard
 
@@ -81,6 +82,8 @@ class Evidence:
     effects: Effects | None = None
     verdict: Verdict | None = None
     samples: tuple[Sample, ...] = ()
+    outcomes: Mapping[str, Any] | None = None
+    """Of the original, prompt by prompt (recorded.py), so that what is served later can be paired with it."""
 
     @property
     def sound(self) -> bool:
@@ -114,6 +117,7 @@ class Evidence:
             **{name: part.figures() if part else None for name, part in found.items()},
             "distance_to_reference": self.distance_to_reference,
             "samples": [asdict(sample) for sample in self.samples],
+            "outcomes": self.outcomes,
         }
 
 
@@ -136,21 +140,22 @@ def examine(
     equivalence = compare(source, folded, guard, fold)
     if probes is None or not equivalence.passed:
         return Evidence(integrity, equivalence)
-    judge = judge or PhraseJudge(probes.refusal)
+    rules = judge or PhraseJudge(probes.refusal)
     vlm = load(source.folder)
-    original = measure(vlm, probes, judge, "original")
-    reference = measure(vlm, probes, judge, "two-pass", Guard((guard.reference,))) if guard.reference else None
+    original = measure(vlm, probes, rules, "original")
+    reference = measure(vlm, probes, rules, "two-pass", Guard((guard.reference,))) if guard.reference else None
     effects = _effects(vlm, guard, probes)
     del vlm  # one model at a time
-    guarded = measure(load(folded.folder), probes, judge, "guarded")
+    guarded = measure(load(folded.folder), probes, rules, "guarded")
     verdict = judge_guard(original, guarded)
     samples = tuple(_samples(probes, original, guarded))
-    return Evidence(integrity, equivalence, original, guarded, reference, effects, verdict, samples)
+    outcomes = {"probes": asked(probes), "judge": rules.name, "original": record(original)}
+    return Evidence(integrity, equivalence, original, guarded, reference, effects, verdict, samples, outcomes)
 
 
 def _samples(probes: Probes, original: Behaviour, guarded: Behaviour) -> Iterator[Sample]:
     """SAMPLES prompts, harmful and benign in turn, spread over image kinds and probes; harmful answers cut short."""
-    asked = [*probes.harmful, *probes.benign]
+    prompts = [*probes.harmful, *probes.benign]
     for index in range(SAMPLES):
         harmful = index % 2 == 0
         first, count = (0, len(probes.harmful)) if harmful else (len(probes.harmful), len(probes.benign))
@@ -158,7 +163,7 @@ def _samples(probes: Probes, original: Behaviour, guarded: Behaviour) -> Iterato
         kind = IMAGE_KINDS[index // 2 % len(IMAGE_KINDS)]
         before, after = (each.kinds[kind].answers[place] for each in (original, guarded))
         cut = SNIPPET if harmful else None
-        yield Sample(kind, asked[place].text, harmful, before[:cut], after[:cut])
+        yield Sample(kind, prompts[place].text, harmful, before[:cut], after[:cut])
 
 
 def _effects(vlm: VLM, guard: Guard, probes: Probes) -> Effects:
