@@ -19,14 +19,17 @@ from hub_client import use_hub
 from hub_server import Fault, HubServer
 from huggingface_hub import ModelCard
 from published import publish
-from zoo import tensors
+from zoo import random_basis, tensors
 
 from guardfold import cli
 from guardfold.export.hub import Target, push
 from guardfold.export.verify import verify
 from guardfold.guard.errors import InputError, Refused
+from guardfold.guard.guard import Guard
 from guardfold.guard.hub import ATTEMPTS, download
+from guardfold.guard.interventions import SublayerProjection
 from guardfold.guard.vlm import load, resolve
+from guardfold.pipeline import Export, GuardOptions, export_guarded
 
 REPO = "tester/guarded"
 
@@ -175,6 +178,29 @@ def test_a_flipped_byte_in_a_repository_is_found(hub: HubServer, folder: Path, m
     hub.add(REPO, {**held, "model-00002-of-00003.safetensors": bytes(data)})
     assert run(monkeypatch, "verify", REPO) == 3
     assert run(monkeypatch, "verify", f"{REPO}@{good}") == 0
+
+
+def test_an_export_is_pushed_when_it_is_done_and_asked_for_a_token_before(
+    hub: HubServer, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guard, output = tmp_path / "guard.safetensors", tmp_path / "out"
+    Guard((SublayerProjection({1: random_basis(1, 32)}),)).save(guard)
+
+    def export(**more: bool) -> Export:
+        options = GuardOptions(guard=str(guard))
+        target = Target(REPO, private=True)
+        return export_guarded(str(tiny_folder), output, options, skip_behaviour=True, push_to=target, **more)
+
+    with pytest.raises(InputError, match="what was not measured is not pushed"):
+        export()
+    with monkeypatch.context() as without:
+        without.delenv("HF_TOKEN")
+        with pytest.raises(InputError, match="no token to push with"):
+            export(allow_weaker=True)
+    assert not hub.seen and not output.exists()
+    made = export(allow_weaker=True)
+    assert made.url == f"{hub.endpoint}/{REPO}/commit/{hub.repos[REPO].refs['main']}"
+    assert pushed(hub) == contents(output)
 
 
 def test_private_is_not_promised_where_it_does_not_hold(hub: HubServer, folder: Path) -> None:
