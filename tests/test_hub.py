@@ -219,7 +219,7 @@ STEPS = {
     "commit": "POST .*/commit/",
 }
 ANSWERS = {401: "token is missing or not valid", 403: "write access", 409: "try again", 429: "later", 500: "later"}
-SOME = ("create", "put", "commit")
+SOME = ("create", "commit")
 
 
 @pytest.mark.parametrize(
