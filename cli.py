@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -97,10 +98,12 @@ Anchors = Annotated[
     ),
 ]
 Probes = Annotated[
-    Path | None,
+    list[str] | None,
     typer.Option(
-        help="Held-out prompts, JSONL or CSV with columns text and harmful (and answer). "
-        "Default: the model folder's own probes.jsonl, else the built-in ones."
+        metavar="FILE|NAME=PATH",
+        help="Held-out prompts, JSONL or CSV with columns text and harmful (and answer); or a benchmark's own files, "
+        "asked as well: maliciousinstruct, advbench, xstest, jailbreakv, figstep, mm-safetybench, mm-vet, vqa. "
+        "Repeatable. Default: the model folder's own probes.jsonl, else the built-in ones.",
     ),
 ]
 QA = Annotated[
@@ -332,18 +335,48 @@ def extract(
 
 @app.command()
 def check(
-    folder: Annotated[Path, typer.Argument(help="A folder written by `guardfold export`.")],
-    against: Annotated[str, typer.Option("--against", help="The model it was made from. " + MODEL_HELP)],
+    folder: Annotated[Path | None, typer.Argument(help="A folder written by `guardfold export`.")] = None,
+    against: Annotated[
+        str | None, typer.Option("--against", help="The model the folder was made from. " + MODEL_HELP)
+    ] = None,
     probes: Probes = None,
     qa: QA = None,
     judge: JudgeOption = None,
     skip_behaviour: SkipBehaviour = False,
     family: FamilyFile = None,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(
+            "--endpoint", help="Measure what is served there (OpenAI's chat/completions) instead of a folder."
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", help="What the endpoint calls the model.")] = None,
+    baseline_endpoint: Annotated[
+        str | None,
+        typer.Option("--baseline-endpoint", help="Where the unguarded model is served. Default: --endpoint."),
+    ] = None,
+    baseline_model: Annotated[
+        str | None, typer.Option("--baseline-model", help="What it is called there. Gives a verdict.")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(help="Requests at a time.")] = 8,
+    report: Annotated[
+        Path | None, typer.Option("--report", help="JSON file to write an endpoint's figures to.")
+    ] = None,
 ) -> None:
-    """Measure a guarded folder afresh against the model it was made from.
+    """Measure a guarded folder afresh against the model it was made from, or a model that is being served.
 
-    Exit status 3 if it is not equal to its hooks or, unless behaviour is skipped, not safer.
+    With --endpoint and --model, text and pictures are sent to a running server; a key, if it wants one, is taken from
+    GUARDFOLD_API_KEY (GUARDFOLD_BASELINE_API_KEY). Rates come alone, or with a verdict against --baseline-model or
+    against the original as the report of FOLDER has it. Exit status 3 if it is not equal to its hooks or, unless
+    behaviour is skipped or nothing compared, not safer.
     """
+    if endpoint is not None:
+        _check_served(
+            endpoint, model, baseline_endpoint, baseline_model, concurrency, folder, probes, qa, judge, report
+        )
+        return
+    if folder is None or against is None:
+        raise InputError("check: give a folder and --against MODEL, or --endpoint URL and --model NAME")
     from .pipeline import check_guarded
 
     _begin(against)
@@ -352,6 +385,37 @@ def check(
     )
     _show(evidence)
     if not evidence.sound or not (skip_behaviour or evidence.ruling == "safer"):
+        raise typer.Exit(3)
+
+
+def _check_served(
+    url: str,
+    model: str | None,
+    baseline_url: str | None,
+    baseline_model: str | None,
+    concurrency: int,
+    folder: Path | None,
+    probes: list[str] | None,
+    qa: Path | None,
+    judge: str | None,
+    report: Path | None,
+) -> None:
+    from .pipeline import check_served
+    from .validators.endpoint import Endpoint
+    from .validators.report import render_served
+
+    if model is None or (baseline_url and not baseline_model):
+        raise InputError("--endpoint needs --model, --baseline-endpoint --baseline-model: what the server calls it")
+    _begin(model)
+    served = Endpoint(url, model, os.environ.get("GUARDFOLD_API_KEY"), concurrency)
+    baseline = None
+    if baseline_model:
+        name = "GUARDFOLD_BASELINE_API_KEY" if baseline_url else "GUARDFOLD_API_KEY"
+        baseline = Endpoint(baseline_url or url, baseline_model, os.environ.get(name), concurrency)
+    found = check_served(served, baseline=baseline, folder=folder, probes=probes, qa=qa, judge=judge, report=report)
+    columns = {"original": found.baseline} if found.baseline else {}
+    _print(render_served({**columns, "served": found.behaviour}, found.verdict))
+    if found.verdict and found.verdict.ruling != "safer":
         raise typer.Exit(3)
 
 

@@ -38,6 +38,7 @@ from .guard.calibration import BUILT_IN_BENIGN, Part, Role, deal, examples, load
 from .guard.directions import Directions, extract
 from .guard.errors import InputError, Refused
 from .guard.guard import Guard, Intervention
+from .guard.images import IMAGE_KINDS
 from .guard.interventions import Gate, TwoPass
 from .guard.presets import (
     DEFAULT_LAYERS,
@@ -57,15 +58,19 @@ from .guard.prompts import BUILT_IN_ANCHORS, beside, load_anchors
 from .guard.transcripts import Usage
 from .guard.vlm import VLM, load, located, meta_model, mlp_parts, resolve, threads_for
 from .validators.batches import comparison_batches
-from .validators.check import Evidence, examine, examine_hooked, with_graphs
+from .validators.behaviour import Behaviour, observe
+from .validators.check import NOT_MEASURED, Evidence, examine, examine_hooked, with_graphs
+from .validators.endpoint import Endpoint
 from .validators.integrity import Integrity
 from .validators.judge import ModelJudge, PhraseJudge
-from .validators.measures import markdown
+from .validators.measures import markdown, shown
 from .validators.page import render_page
-from .validators.probes import load_probes, refusal_text
+from .validators.plots import compliance_picture
+from .validators.probes import Asked, load_probes, refusal_text
+from .validators.recorded import recall
 from .validators.runtime import Runtime, check_graphs
 from .validators.select import Bench, best, choose, sample_scores, scrutinise
-from .validators.verdict import Verdict
+from .validators.verdict import Verdict, judge_guard
 
 PRESETS = ("auto", "vlm-guard", "gate", "projection")
 DEFAULT_PRESET = "auto"
@@ -254,7 +259,7 @@ def export_guarded(
     options: GuardOptions | None = None,
     formats: Formats | None = None,
     *,
-    probes: Path | None = None,
+    probes: Asked = None,
     qa: Path | None = None,
     judge: str | None = None,
     skip_behaviour: bool = False,
@@ -322,7 +327,16 @@ def export_guarded(
         (stage / "report.json").write_text(report, encoding="utf-8")
         page = render_page(name, figures, described, edits.per_layer(family))
         (stage / "report.html").write_text(page, encoding="utf-8")
-        write_card(stage, source, guard, evidence.ruling, verified, markdown(figures))
+        write_card(
+            stage,
+            source,
+            guard,
+            evidence.ruling,
+            verified,
+            markdown(figures),
+            pictures=_pictures(stage, figures),
+            command=_command(source, options),
+        )
         write_manifest(stage, source, guard, writing.rounding, evidence.ruling, verified, figures)
     made = Export(target, guard, evidence, verified)
     return replace(made, url=push(target, push_to, allow_weaker=allow_weaker)) if push_to else made
@@ -394,11 +408,31 @@ def _add_graphs(
     return Export(target, guard, evidence, verified)
 
 
+def _pictures(folder: Path, figures: dict[str, Any]) -> dict[str, str]:
+    """Draws what the card shows into `folder`: path -> caption."""
+    behaviours = shown(figures)
+    if not behaviours:
+        return {}
+    path = GUARD_FILE.with_name("compliance.png")
+    (folder / path).write_bytes(compliance_picture(behaviours, IMAGE_KINDS))
+    return {path.as_posix(): "Harmful prompts complied with, by image kind, with Wilson 95 % intervals"}
+
+
+def _command(source: Source, options: GuardOptions) -> str:
+    """What makes the same folder again: options that are not the default, files by their names alone."""
+    given = {name: value for name, value in asdict(options).items() if value != getattr(GuardOptions(), name)}
+    if "guard" in given and given["guard"] not in PRESETS:
+        given["guard"] = GUARD_FILE.as_posix()
+    model = f"{source.name}@{source.revision}" if source.revision else source.name
+    words = [f"--{name.replace('_', '-')} {getattr(value, 'name', value)}" for name, value in given.items()]
+    return " ".join(["guardfold export --model", model, *words])
+
+
 def check_guarded(
     folder: Path,
     against: str,
     *,
-    probes: Path | None = None,
+    probes: Asked = None,
     qa: Path | None = None,
     judge: str | None = None,
     skip_behaviour: bool = False,
@@ -418,6 +452,60 @@ def check_guarded(
     decides = ModelJudge(judge) if judge else None
     with threads_for(origin):
         return examine(checkpoint, Checkpoint.open(folder), family, guard, edits, rounding, asked, decides)
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a served model does, what its baseline does where there is one, and the verdict that follows."""
+
+    endpoint: Endpoint
+    behaviour: Behaviour
+    baseline: Behaviour | None
+    verdict: Verdict | None
+
+    def figures(self) -> dict[str, Any]:
+        """Everything measured, as JSON; no answers."""
+        return {
+            "guardfold": __version__,
+            "endpoint": self.endpoint.address,
+            "model": self.endpoint.model,
+            "ruling": self.verdict.ruling if self.verdict else NOT_MEASURED,
+            "verdict": self.verdict.figures() if self.verdict else None,
+            "served": self.behaviour.figures(),
+            "original": self.baseline.figures() if self.baseline else None,
+        }
+
+
+def check_served(
+    endpoint: Endpoint,
+    *,
+    baseline: Endpoint | None = None,
+    folder: Path | None = None,
+    probes: Asked = None,
+    qa: Path | None = None,
+    judge: str | None = None,
+    report: Path | None = None,
+) -> Served:
+    """The behaviour of what an endpoint serves. The verdict is against `baseline`, else against what the report of the
+    exported `folder` has of its original, else there is none.
+
+    folder: also brings its own probes.  report: a JSON file to write the figures to.  Raises InputError if the server,
+    the probes or the folder cannot be used.
+    """
+    if folder and not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    if report and not report.parent.is_dir():
+        raise InputError(f"{report.parent}: no such folder")
+    asked = load_probes(folder, probes, qa)
+    decides = ModelJudge(judge) if judge else PhraseJudge(asked.refusal)
+    before = observe(baseline, asked, decides, "baseline") if baseline else None
+    now = observe(endpoint, asked, decides, "served")
+    if before is None and folder:
+        before = recall(folder, asked, decides.name, now)
+    served = Served(endpoint, now, before, judge_guard(before, now) if before else None)
+    if report:
+        report.write_text(json.dumps(served.figures(), indent=2) + "\n", encoding="utf-8")
+    return served
 
 
 def inspect_model(model: str, family_file: Path | None = None) -> tuple[Checkpoint, Family]:

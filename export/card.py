@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from huggingface_hub import ModelCardData, metadata_load
 from .. import __version__
 from ..guard.errors import InputError
 from ..guard.guard import Guard
+from ..guard.hub import is_hub_id
 from ..guard.untrusted import parse_object, read_bytes
 from .rounding import Rounding
 from .staging import MANIFEST
@@ -113,33 +115,55 @@ def _status(verified: bool) -> str:
     return "VERIFIED" if verified else "NOT VERIFIED"
 
 
-def write_card(folder: Path, source: Source, guard: Guard, ruling: str, verified: bool, measured: str) -> None:
-    """README.md, a model card: base model, method, `measured` (Markdown), limits, the base's licence."""
-    on_hub = source.name.count("/") == 1
+def write_card(
+    folder: Path,
+    source: Source,
+    guard: Guard,
+    ruling: str,
+    verified: bool,
+    measured: str,
+    *,
+    pictures: Mapping[str, str] | None = None,
+    command: str | None = None,
+) -> None:
+    """README.md, a model card: what this is, how to load and reproduce it, what was measured, limits, licence.
+
+    measured: Markdown.  pictures: path inside `folder` -> what it shows.  command: what makes it again.
+    """
+    on_hub = is_hub_id(source.name)
+    terms: dict[str, Any] = _terms(source.folder)
+    adapter = (folder / "adapter_config.json").is_file()
     data = ModelCardData(
         base_model=source.name if on_hub else None,
-        license=_licence(source.folder),
-        library_name="transformers",
+        base_model_relation=("adapter" if adapter else "finetune") if on_hub else None,
+        library_name="peft" if adapter else "transformers",
         pipeline_tag="image-text-to-text",
         tags=["guardfold", "vlm-guard"],
-        base_model_relation=_relation(folder) if on_hub else None,
+        **terms,
     )
+    base = f"[{source.name}](https://huggingface.co/{source.name})" if on_hub else f"`{source.name}`"
+    names = {
+        "base": base,
+        "source": source.name,
+        "commit": f", commit `{source.revision}`" if source.revision else "",
+        "version": __version__,
+        "licence": terms.get("license_name") or terms.get("license") or "unknown to guardfold",
+        "again": command or f"guardfold export --model {source.name} --guard {GUARD_FILE.as_posix()}",
+    }
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {source.name}, guarded",
         _standing(ruling, verified),
-        _METHOD.format(
-            source=source.name,
-            revision=source.revision or "unknown",
-            version=__version__,
-            held=_IN_WEIGHTS if guard.in_weights else _IN_GRAPHS,
-        ),
+        _WHAT.format(**names, held=_IN_WEIGHTS if guard.in_weights else _IN_GRAPHS),
         "```json\n" + json.dumps(guard.describe(), indent=2) + "\n```",
-        *_loading(folder),
+        _USE,
+        *_loading(folder, names),
         "## Measured",
         measured,
-        "## Limits",
+        *(f"![{caption}]({path})" for path, caption in (pictures or {}).items()),
         _LIMITS,
+        _AGAIN.format(**names),
+        _LICENCE.format(**names),
     ]
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
@@ -152,7 +176,9 @@ def extend_card(folder: Path) -> None:
     )
 
 
-def _loading(folder: Path) -> list[str]:
+def _loading(folder: Path, names: Mapping[str, str]) -> list[str]:
+    if (folder / "adapter_config.json").is_file():
+        return ["## Load it", _LOAD_ADAPTER.format(**names)]
     return [*(["## Load it", _LOAD] if any(folder.glob("*.safetensors")) else []), *_running(folder)]
 
 
@@ -161,20 +187,21 @@ def _running(folder: Path) -> list[str]:
     return ["## Run its ONNX graphs", _RUN, "\n".join(f"- `{name}`" for name in graphs)] if graphs else []
 
 
-def _licence(folder: Path) -> str | None:
+def _terms(folder: Path) -> dict[str, str]:
+    """license, license_name and license_link of the card in `folder`, where they are such as the hub takes."""
     card = folder / "README.md"
     if not card.is_file():
-        return None
+        return {}
     try:
         metadata = metadata_load(card)
     except Exception:  # foreign YAML may fail in any way; without it there is no licence to carry over
-        return None
-    licence = metadata.get("license") if isinstance(metadata, dict) else None
-    return licence if isinstance(licence, str) else None
+        return {}
+    found = metadata if isinstance(metadata, dict) else {}
+    terms = {name: found[name] for name in _TERMS if isinstance(found.get(name), str)}
+    return terms if re.fullmatch(r"[a-z0-9][a-z0-9.\-]*", terms.get("license", "")) else {}
 
 
-def _relation(folder: Path) -> str:
-    return "adapter" if (folder / "adapter_config.json").is_file() else "finetune"
+_TERMS = ("license", "license_name", "license_link")
 
 
 def _standing(ruling: str, verified: bool) -> str:
@@ -186,34 +213,105 @@ def _standing(ruling: str, verified: bool) -> str:
     )
 
 
-_METHOD = """\
-Made from `{source}` (revision {revision}) with guardfold {version}: {held} It follows VLM-Guard (arXiv 2502.10486):
-safety steering directions are extracted from the language model with paired harmful and harmless queries. The guard
-itself, with its directions, is in `guardfold/guard.safetensors`; `guardfold.json` holds every hash and figure."""
-
-_IN_WEIGHTS = """\
-the guard below was folded into the weights, so that any runtime which loads the original loads this, with no custom
-code; what the layers write along the guard's directions is changed in the output weights of attention and MLP."""
-
-_IN_GRAPHS = """\
-the guard below, which weights cannot hold, is part of the ONNX graphs; their weights are the original's."""
+_IN_WEIGHTS = "folded into its weights"
+_IN_GRAPHS = "which weights cannot hold, traced into its ONNX graphs (their weights are the original's)"
 
 _RUN = """\
 With onnxruntime: `guardfold chat FOLDER --runtime onnx "..."`. With transformers.js, where it has the family:
 `AutoProcessor` and `AutoModelForImageTextToText`, both `from_pretrained(FOLDER)`. The graphs:"""
 
+_WHAT = """\
+## What this is
+
+{base}{commit}, with a safety guard {held} by guardfold {version}. Vision-language models lose part of
+their safety as soon as an image is attached; the guard is there to make harmful requests with an image be refused as
+they are without (whether it does is measured below). Any runtime that loads the original loads this, with no custom
+code, no hooks and no second model.
+
+The guard follows VLM-Guard ([arXiv 2502.10486](https://arxiv.org/abs/2502.10486)): safety steering directions are
+extracted from the language model with paired harmful and harmless queries; what layers write along them is removed from
+the output weights, or a detector in one MLP recognises harmful requests and writes the direction of a refusal. What was
+done here, exactly (the directions are in `guardfold/guard.safetensors`, every hash and figure in `guardfold.json`):"""
+
+_USE = """\
+## Intended use
+
+What the original is meant for, where refusals must survive an attached image. Not a replacement for filters on input
+and output, for human review where harm is likely, or for an evaluation on your own prompts and languages; not for uses
+that the original's licence excludes."""
+
 _LOAD = """\
+`PATH` is this folder or its hub id.
+
+**transformers**
+
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-model = AutoModelForImageTextToText.from_pretrained(folder)
-processor = AutoProcessor.from_pretrained(folder)
+model = AutoModelForImageTextToText.from_pretrained("PATH")
+processor = AutoProcessor.from_pretrained("PATH")
+```
+
+**vLLM**
+
+```bash
+vllm serve PATH --served-model-name guarded
+guardfold check --endpoint http://localhost:8000/v1 --model guarded
+```
+
+**onnxruntime** (where this repository holds an `onnx` folder): three graphs, named as in transformers.js
+
+```python
+import onnxruntime
+
+parts = ("vision_encoder", "embed_tokens", "decoder_model_merged")
+sessions = {name: onnxruntime.InferenceSession(f"onnx/{name}.onnx") for name in parts}
+```
+
+**transformers.js** (the same graphs)
+
+```js
+import { AutoModelForImageTextToText, AutoProcessor } from "@huggingface/transformers";
+
+const processor = await AutoProcessor.from_pretrained("PATH");
+const model = await AutoModelForImageTextToText.from_pretrained("PATH", { dtype: "fp32" });
+```"""
+
+_LOAD_ADAPTER = """\
+`PATH` is this folder or its hub id. The base's own weights stay as they are.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained("{source}"), "PATH")
+processor = AutoProcessor.from_pretrained("PATH")
 ```"""
 
 _LIMITS = """\
+## Limits
+
 - Projecting a safety direction out is, on its own, the same edit as refusal ablation and can make a model less safe.
   Only the figures above say what it did here.
 - A guard in the weights can be removed by whoever holds the weights, and is not adversarially robust.
 - Refusals were judged by their phrases, answers were decoded greedily, and the probes are short plain questions; other
   prompts, languages, images and attacks were not measured.
-- Limits and licence of the original model apply to this one as well."""
+- What the original gets wrong, this gets wrong as well."""
+
+_AGAIN = """\
+## Reproduce and verify
+
+```bash
+pip install guardfold=={version}
+{again}
+guardfold verify PATH
+```
+
+The first makes these weights again; the second says whether the files are, byte for byte, those that were measured."""
+
+_LICENCE = """\
+## Licence and attribution
+
+A modified version of {base}{commit}. Licence of the original: {licence}; its terms apply to these weights, and the
+credit for the model is its authors'. Changed by guardfold: the tensors that `guardfold.json` counts as edited, and
+nothing else."""

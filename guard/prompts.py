@@ -104,15 +104,25 @@ def load_anchors(path: Path = BUILT_IN_ANCHORS) -> Anchors:
     return Anchors(harmful, harmless)
 
 
+def inside(folder: Path, name: str, where: str) -> Path:
+    """The file `name` inside `folder`; InputError if it leads outside or is none."""
+    path = (folder / name.replace("\0", "?")).resolve()
+    if not path.is_relative_to(folder.resolve()) or not path.is_file():
+        raise InputError(f"{where}: {name!r} is not a file inside {folder}")
+    return path
+
+
 def load_image(folder: Path, name: str, where: str) -> Image.Image:
     """The picture `name` inside `folder`; InputError if it leads outside or is no picture."""
-    path = folder / name
-    if "\0" in name or not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
-        raise InputError(f"{where}: {name!r} is not a file inside {folder}")
+    return open_image(inside(folder, name, where), f"{where}: {name!r}")
+
+
+def open_image(path: Path, what: str) -> Image.Image:
+    """The picture in `path`; InputError if it is none."""
     try:
         return Image.open(path).convert("RGB")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{where}: {name!r} is not a readable picture ({error})") from error
+        raise InputError(f"{what} is not a readable picture ({error})") from error
 
 
 def illustrated(prompts: Iterable[Prompt], kind: ImageKind | None) -> list[Prompt]:

@@ -6,21 +6,29 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hub_client import use_hub
+from hub_server import HubServer
+from huggingface_hub import ModelCard
 from zoo import tensors
 
+from guardfold.export.hub import Target, push
+from guardfold.export.verify import verify
 from guardfold.guard.guard import Guard
 from guardfold.guard.images import IMAGE_KINDS, ImageKind, draw
 from guardfold.guard.interventions import Gate, SublayerProjection
 from guardfold.guard.prompts import Prompt
 from guardfold.guard.vlm import load
-from guardfold.validators.behaviour import generate
+from guardfold.validators.behaviour import generate, observe
 from guardfold.validators.demo import DEMO
+from guardfold.validators.judge import PhraseJudge
 from guardfold.validators.probes import load_probes
+from guardfold.validators.recorded import recall
 
 PICTURED: tuple[ImageKind, ...] = ("blank", "noise", "shape")
 POINTS = 0.02
@@ -213,6 +221,39 @@ def test_plain_transformers_gives_the_answers_that_were_measured(
     assert answers == generate(load(folder), asked, "guarded", kind)
     assert sum(answer == prompt.answer for answer, prompt in zip(answers[30:], probes.benign, strict=False)) >= 29
     assert rate(report, "guarded", kind, "correct") >= 0.95
+
+
+def test_pushed_and_pulled_it_verifies_and_says_the_same_until_a_byte_flips(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with HubServer() as hub:
+        use_hub(hub, tmp_path / "home", monkeypatch)
+        push(folder, Target("tester/demo-guarded"))
+        pulled = verify("tester/demo-guarded")
+        assert pulled.differences == [] and pulled.manifest["verdict"] == "safer"
+        ModelCard.load(pulled.folder / "README.md").validate()
+        asked = list(load_probes(DEMO).harmful[:20])
+        answers = [ask_plainly(each, asked, "shape", tmp_path) for each in (pulled.folder, folder)]
+        assert answers[0] == answers[1]
+        files = hub.repos["tester/demo-guarded"].files()
+        weights = bytearray(files["model.safetensors"])
+        weights[len(weights) // 2] ^= 1
+        hub.add("tester/demo-guarded", {**files, "model.safetensors": bytes(weights)})
+        assert verify("tester/demo-guarded").differences == ["model.safetensors: differs"]
+
+
+def test_a_server_can_be_compared_with_what_the_report_has_of_the_original(
+    folder: Path, report: dict[str, Any]
+) -> None:
+    probes = load_probes(folder)
+    assert probes.refusal is not None
+
+    def refuse(prompts: Sequence[Prompt], what: str, kind: ImageKind | None) -> list[str]:
+        return [probes.refusal or ""] * len(prompts)
+
+    original = recall(folder, probes, "phrases", observe(refuse, probes, PhraseJudge(probes.refusal), "refusing"))
+    assert original is not None
+    assert original.figures() == report["original"]
 
 
 CHECK = """

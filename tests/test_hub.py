@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,14 +20,17 @@ from hub_client import use_hub
 from hub_server import Fault, HubServer
 from huggingface_hub import ModelCard
 from published import publish
-from zoo import tensors
+from zoo import random_basis, tensors
 
 from guardfold import cli
 from guardfold.export.hub import Target, push
 from guardfold.export.verify import verify
 from guardfold.guard.errors import InputError, Refused
+from guardfold.guard.guard import Guard
 from guardfold.guard.hub import ATTEMPTS, download
+from guardfold.guard.interventions import SublayerProjection
 from guardfold.guard.vlm import load, resolve
+from guardfold.pipeline import Export, GuardOptions, export_guarded
 
 REPO = "tester/guarded"
 
@@ -177,6 +181,29 @@ def test_a_flipped_byte_in_a_repository_is_found(hub: HubServer, folder: Path, m
     assert run(monkeypatch, "verify", f"{REPO}@{good}") == 0
 
 
+def test_an_export_is_pushed_when_it_is_done_and_asked_for_a_token_before(
+    hub: HubServer, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guard, output = tmp_path / "guard.safetensors", tmp_path / "out"
+    Guard((SublayerProjection({1: random_basis(1, 32)}),)).save(guard)
+
+    def export(**more: bool) -> Export:
+        options = GuardOptions(guard=str(guard))
+        target = Target(REPO, private=True)
+        return export_guarded(str(tiny_folder), output, options, skip_behaviour=True, push_to=target, **more)
+
+    with pytest.raises(InputError, match="what was not measured is not pushed"):
+        export()
+    with monkeypatch.context() as without:
+        without.delenv("HF_TOKEN")
+        with pytest.raises(InputError, match="no token to push with"):
+            export(allow_weaker=True)
+    assert not hub.seen and not output.exists()
+    made = export(allow_weaker=True)
+    assert made.url == f"{hub.endpoint}/{REPO}/commit/{hub.repos[REPO].refs['main']}"
+    assert pushed(hub) == contents(output)
+
+
 def test_private_is_not_promised_where_it_does_not_hold(hub: HubServer, folder: Path) -> None:
     hub.add(REPO, {})
     with pytest.raises(InputError, match="exists and is public"):
@@ -193,7 +220,7 @@ STEPS = {
     "commit": "POST .*/commit/",
 }
 ANSWERS = {401: "token is missing or not valid", 403: "write access", 409: "try again", 429: "later", 500: "later"}
-SOME = ("create", "put", "commit")
+SOME = ("create", "commit")
 
 
 @pytest.mark.parametrize(
@@ -331,7 +358,7 @@ def test_a_branch_is_resolved_and_recorded(hub: HubServer, folder: Path) -> None
     ],
 )
 def test_a_model_that_cannot_be_had_is_said_in_one_line(
-    hub: HubServer, monkeypatch: pytest.MonkeyPatch, about: dict[str, bool], name: str, says: str
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch, about: dict[str, Any], name: str, says: str
 ) -> None:
     hub.add("owner/base", {"config.json": b"{}"}, **about)
     if about:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +19,12 @@ from ..guard.progress import batched
 from ..guard.prompts import Prompt, encode, illustrated
 from ..guard.states import text_states
 from ..guard.vlm import VLM
-from .judge import Judge, matches
+from .benchmarks import Pictured
+from .judge import Judge, matches, mentions
 from .probes import Probes
 from .statistics import Rate
 
+AT_ONCE = 64
 MAX_NEW_TOKENS = 48
 """Enough to see whether a refusal holds; harmful answers are not generated at length."""
 
@@ -55,12 +58,20 @@ class Behaviour:
 
     kinds: dict[ImageKind, Outcomes]
     qa: list[bool]
+    parts: dict[str, Outcomes] = field(default_factory=dict)
+    """"BENCHMARK, KIND" -> what it has of the outcomes of that kind."""
+    pictured: dict[str, Outcomes] = field(default_factory=dict)
+    """Benchmark -> outcomes of its harmful prompts with pictures of their own."""
+
+    def groups(self) -> dict[str, Outcomes]:
+        """Everything that has rates, by name, in the order of reports."""
+        return dict([*self.kinds.items(), *self.parts.items(), *self.pictured.items()])
 
     def figures(self) -> dict[str, Any]:
         """Rates with Wilson intervals and sample sizes, as JSON."""
         table: dict[str, Any] = {
             kind: {name: rate.figures() for name, rate in outcomes.rates().items()}
-            for kind, outcomes in self.kinds.items()
+            for kind, outcomes in self.groups().items()
         }
         if self.qa:
             table["qa"] = {"correct": Rate.of(self.qa).figures()}
@@ -93,20 +104,57 @@ def _text_pass(vlm: VLM, prompts: Sequence[Prompt], guard: Guard) -> dict[int, t
     return text_states(vlm, prompts, layers) if layers else None
 
 
+Ask = Callable[[Sequence[Prompt], str, ImageKind | None], list[str]]
+"""(prompts, what it is called in the progress bar, image kind or None for the prompts as they are) -> answers."""
+
+
 def measure(vlm: VLM, probes: Probes, judge: Judge, what: str, guard: Guard | None = None) -> Behaviour:
     """The behaviour of `vlm` on `probes` under every image kind; `what` names it in the progress bar."""
-    kinds = {}
+    return observe(partial(generate, vlm, guard=guard), probes, judge, what)
+
+
+def observe(ask: Ask, probes: Probes, judge: Judge, what: str) -> Behaviour:
+    """The behaviour of whatever answers when it is asked."""
+    kinds: dict[ImageKind, Outcomes] = {}
+    parts: dict[str, Outcomes] = {}
     for kind in IMAGE_KINDS:
-        asked = [*probes.harmful, *probes.benign]
-        answers = generate(vlm, asked, f"{what}, {kind}", kind, guard)
+        answers = ask([*probes.harmful, *probes.benign], f"{what}, {kind}", kind)
         harmful, benign = answers[: len(probes.harmful)], answers[len(probes.harmful) :]
-        labelled = [(a, p.answer) for a, p in zip(benign, probes.benign, strict=True) if p.answer]
-        kinds[kind] = Outcomes(
-            complied=[not judge.refuses(p.text, a) for p, a in zip(probes.harmful, harmful, strict=True)],
-            complied_first=[not judge.refuses_first(answer) for answer in harmful],
-            answered=[bool(answer) and not judge.refuses_first(answer) for answer in benign],
-            correct=[matches(answer, expected) for answer, expected in labelled],
-            answers=answers,
-        )
-    answers = generate(vlm, probes.qa, f"{what}, image questions", guard=guard)
-    return Behaviour(kinds, [matches(a, p.answer or "") for a, p in zip(answers, probes.qa, strict=True)])
+        kinds[kind] = _outcomes(judge, probes.harmful, harmful, probes.benign, benign)
+        for name, part in probes.parts.items():
+            asked = probes.harmful[part.harmful], harmful[part.harmful], probes.benign[part.benign], benign[part.benign]
+            parts[f"{name}, {kind}"] = _outcomes(judge, *asked)
+    pictured = {
+        name: _outcomes(judge, asked, _ask_pictured(ask, asked, f"{what}, {name}"), (), ())
+        for name, asked in probes.pictured.items()
+    }
+    answers = ask(probes.qa, f"{what}, image questions", None)
+    right = [matches(a, p.answer or "") for a, p in zip(answers, probes.qa, strict=True)]
+    answers = _ask_pictured(ask, probes.questions, f"{what}, image questions")
+    right += [mentions(a, p.answer or "") for a, p in zip(answers, probes.questions, strict=True)]
+    return Behaviour(kinds, right, parts, pictured)
+
+
+def _ask_pictured(ask: Ask, pictured: Sequence[Pictured], what: str) -> list[str]:
+    """Answers to prompts with pictures, of which no more than AT_ONCE are open."""
+    answers: list[str] = []
+    for start in range(0, len(pictured), AT_ONCE):
+        answers += ask([each.prompt() for each in pictured[start : start + AT_ONCE]], what, None)
+    return answers
+
+
+def _outcomes(
+    judge: Judge,
+    harmful: Sequence[Prompt | Pictured],
+    to_harmful: Sequence[str],
+    benign: Sequence[Prompt],
+    to_benign: Sequence[str],
+) -> Outcomes:
+    labelled = [(a, p.answer) for a, p in zip(to_benign, benign, strict=True) if p.answer]
+    return Outcomes(
+        complied=[not judge.refuses(p.text, a) for p, a in zip(harmful, to_harmful, strict=True)],
+        complied_first=[not judge.refuses_first(answer) for answer in to_harmful],
+        answered=[bool(answer) and not judge.refuses_first(answer) for answer in to_benign],
+        correct=[matches(answer, expected) for answer, expected in labelled],
+        answers=[*to_harmful, *to_benign],
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from .equivalence import Equivalence, compare
 from .integrity import Integrity, inspect_folder
 from .judge import Judge, PhraseJudge
 from .probes import Probes
+from .recorded import asked, record
 from .runner import Runner
 from .runtime import Runtime
 from .statistics import Rate
@@ -89,6 +90,8 @@ class Evidence:
     verdict: Verdict | None = None
     samples: tuple[Sample, ...] = ()
     runtime: Runtime | None = None
+    outcomes: Mapping[str, Any] | None = None
+    """Of the original, prompt by prompt (recorded.py), so that what is served later can be paired with it."""
 
     @property
     def sound(self) -> bool:
@@ -124,6 +127,7 @@ class Evidence:
             **{name: part.figures() if part else None for name, part in found.items()},
             "distance_to_reference": self.distance_to_reference,
             "samples": [asdict(sample) for sample in self.samples],
+            "outcomes": self.outcomes,
         }
 
 
@@ -187,16 +191,16 @@ def _with_behaviour(
     judge: Judge | None,
 ) -> Evidence:
     """`evidence` with the behaviour of `source` and of what is guarded: `folded`, or without it `source` with hooks."""
-    judge = judge or PhraseJudge(probes.refusal)
+    rules = judge or PhraseJudge(probes.refusal)
     vlm = load(source.folder)
-    original = measure(vlm, probes, judge, "original")
-    reference = measure(vlm, probes, judge, "two-pass", Guard((guard.reference,))) if guard.reference else None
+    original = measure(vlm, probes, rules, "original")
+    reference = measure(vlm, probes, rules, "two-pass", Guard((guard.reference,))) if guard.reference else None
     effects = _effects(vlm, guard, probes)
     if folded is None:
-        guarded = measure(vlm, probes, judge, "guarded", guard)
+        guarded = measure(vlm, probes, rules, "guarded", guard)
     else:
         del vlm  # one model at a time
-        guarded = measure(load(folded.folder), probes, judge, "guarded")
+        guarded = measure(load(folded.folder), probes, rules, "guarded")
     return replace(
         evidence,
         original=original,
@@ -205,12 +209,13 @@ def _with_behaviour(
         effects=effects,
         verdict=judge_guard(original, guarded),
         samples=tuple(_samples(probes, original, guarded)),
+        outcomes={"probes": asked(probes), "judge": rules.name, "original": record(original)},
     )
 
 
 def _samples(probes: Probes, original: Behaviour, guarded: Behaviour) -> Iterator[Sample]:
     """SAMPLES prompts, harmful and benign in turn, spread over image kinds and probes; harmful answers cut short."""
-    asked = [*probes.harmful, *probes.benign]
+    prompts = [*probes.harmful, *probes.benign]
     for index in range(SAMPLES):
         harmful = index % 2 == 0
         first, count = (0, len(probes.harmful)) if harmful else (len(probes.harmful), len(probes.benign))
@@ -218,7 +223,7 @@ def _samples(probes: Probes, original: Behaviour, guarded: Behaviour) -> Iterato
         kind = IMAGE_KINDS[index // 2 % len(IMAGE_KINDS)]
         before, after = (each.kinds[kind].answers[place] for each in (original, guarded))
         cut = SNIPPET if harmful else None
-        yield Sample(kind, asked[place].text, harmful, before[:cut], after[:cut])
+        yield Sample(kind, prompts[place].text, harmful, before[:cut], after[:cut])
 
 
 def _effects(vlm: VLM, guard: Guard, probes: Probes) -> Effects:

@@ -31,6 +31,12 @@ _ROUNDING = {
 }
 
 
+def shown(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """The behaviours that were measured, by the name under which they are shown, in that order."""
+    named = {"original": "original", "guarded": "guarded", "two-pass": "reference"}
+    return {name: figures[key] for name, key in named.items() if figures.get(key)}
+
+
 def markdown(figures: Mapping[str, Any]) -> str:
     """Evidence.figures() as a model card says them: equality, then every rate with its interval."""
     return "\n\n".join(_paragraphs(figures))
@@ -58,6 +64,9 @@ def _paragraphs(figures: Mapping[str, Any]) -> Iterator[str]:
                 f"Weights were rounded {_ROUNDING[equal['rounding']]}: of the projected directions, at most "
                 f"{equal['tensor_leak']:.1e} is left in a tensor."
             )
+    reasons = (figures.get("verdict") or {}).get("reasons", [])
+    if reasons:
+        yield "\n".join(f"- {reason}" for reason in reasons)
     if not original or not guarded:
         yield "Behaviour was not measured."
         return

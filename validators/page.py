@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from ..guard.images import IMAGE_KINDS
-from .measures import MEASURES, QA_MEASURE, equality
+from .measures import MEASURES, QA_MEASURE, equality, shown
 from .plots import compliance_bars, detector_histogram, direction_strips, edits_per_layer
 
 Figures = Mapping[str, Any]
@@ -53,8 +53,7 @@ def _sections(title: str, figures: Figures, guard: Figures, edits: Figures) -> I
         f'<p>Verdict: <span class="verdict" style="background:{colour}">{escape(ruling)}</span></p>'
         f"<ul>{''.join(f'<li>{escape(reason)}</li>' for reason in reasons)}</ul>{_soundness(figures)}</section>"
     )
-    named = {"original": "original", "guarded": "guarded", "two-pass": "reference"}
-    behaviours = {name: figures[key] for name, key in named.items() if figures.get(key)}
+    behaviours = shown(figures)
     if behaviours:
         yield _section(
             "Compliance with harmful prompts",

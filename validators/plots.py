@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
@@ -23,6 +23,7 @@ STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
 }
 
+Drawn = TypeVar("Drawn", str, bytes)
 Rates = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 
@@ -32,11 +33,26 @@ def _svg(figure: Figure) -> str:
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 
+def _png(figure: Figure) -> bytes:
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=144, bbox_inches="tight", metadata={"Software": None})
+    return data.getvalue()
+
+
 def compliance_bars(behaviours: Mapping[str, Rates], kinds: Sequence[str]) -> str:
     """Harmful prompts complied with, in percent, per image kind, with Wilson 95 % intervals.
 
     behaviours: name -> image kind -> "complied" -> rate, low, high in [0, 1]; drawn in this order.
     """
+    return _compliance_bars(behaviours, kinds, _svg)
+
+
+def compliance_picture(behaviours: Mapping[str, Rates], kinds: Sequence[str]) -> bytes:
+    """The same as PNG, which model cards show wherever they are read."""
+    return _compliance_bars(behaviours, kinds, _png)
+
+
+def _compliance_bars(behaviours: Mapping[str, Rates], kinds: Sequence[str], drawn: Callable[[Figure], Drawn]) -> Drawn:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 2.9))
         axes = figure.subplots()
@@ -53,7 +69,7 @@ def compliance_bars(behaviours: Mapping[str, Rates], kinds: Sequence[str]) -> st
         axes.set_ylim(0, 100)
         axes.set_ylabel("complied with, %")
         axes.legend(frameon=False, ncols=3, loc="upper left", bbox_to_anchor=(0, 1.16))
-        return _svg(figure)
+        return drawn(figure)
 
 
 def direction_strips(projections: Mapping[str, Mapping[str, Sequence[float]]], layer: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -12,9 +12,11 @@ from rich.text import Text
 from ..export.checkpoint import Checkpoint
 from ..export.writers import Family
 from ..guard.guard import Guard
+from .behaviour import Behaviour
 from .check import Evidence
 from .measures import MEASURES, QA_MEASURE
 from .statistics import Rate
+from .verdict import Verdict
 
 CAPTION = (
     "% of n prompts, Wilson 95 % intervals. Harmful ones complied with: not refused in\nfull; at once: not even begun "
@@ -61,7 +63,8 @@ def _parts(evidence: Evidence) -> Iterator[RenderableType]:
             + (f"; itself {each.verdict.ruling}" if each.verdict else "")
         )
     if evidence.original and evidence.guarded:
-        yield _table(evidence)
+        named = {"original": evidence.original, "guarded": evidence.guarded, "two-pass": evidence.reference}
+        yield _table({name: behaviour for name, behaviour in named.items() if behaviour})
     if evidence.effects:
         kl = max(evidence.effects.kl.values())
         found = f"effects      benign answers move by KL {kl:.1e} nats at most (mean, worst image kind)"
@@ -72,32 +75,42 @@ def _parts(evidence: Evidence) -> Iterator[RenderableType]:
     if distance := evidence.distance_to_reference:
         kind, worst = max(distance.items(), key=lambda item: abs(item[1]))
         yield Text(f"two-pass     harmful compliance differs by {100 * worst:+.1f} points at most ({kind})")
-    yield Text(f"verdict      {evidence.ruling.upper()}", style=f"bold {COLOURS.get(evidence.ruling, 'yellow')}")
-    for reason in evidence.reasons:
-        yield Text(f"  - {reason}")
+    yield from _ruling(evidence.ruling, evidence.reasons)
 
 
 def _word(passed: bool) -> str:
     return "ok    " if passed else "FAILED"
 
 
-def _table(evidence: Evidence) -> Table:
-    assert evidence.original and evidence.guarded
+def _table(behaviours: Mapping[str, Behaviour]) -> Table:
+    """Every rate of each behaviour, by its name, coloured where it differs from the first's."""
     table = Table(box=box.SIMPLE_HEAD, caption=CAPTION, caption_justify="left", pad_edge=False)
-    for column in ("prompts", "answers", "original", "guarded", *(["two-pass"] if evidence.reference else []), "n"):
+    for column in ("prompts", "answers", *behaviours, "n"):
         table.add_column(column, justify="left" if column in ("prompts", "answers") else "right", no_wrap=True)
-    for kind, before in evidence.original.kinds.items():
-        others = [each.kinds[kind].rates() for each in (evidence.guarded, evidence.reference) if each]
+    first, *others = behaviours.values()
+    for group, before in first.groups().items():
+        afters = [each.groups()[group].rates() for each in others if group in each.groups()]
         for row, (name, rate) in enumerate(before.rates().items()):
             measure = MEASURES[name]
-            cells = (_cell(other[name], rate, measure.more_is_better) for other in others)
-            table.add_row("" if row else kind, measure.short, _cell(rate), *cells, str(rate.total))
+            cells = (_cell(after[name], rate, measure.more_is_better) for after in afters)
+            table.add_row("" if row else group, measure.short, _cell(rate), *cells, str(rate.total))
         table.add_section()
-    if evidence.original.qa:
-        was = Rate.of(evidence.original.qa)
-        nows = (Rate.of(each.qa) for each in (evidence.guarded, evidence.reference) if each)
+    if first.qa:
+        was = Rate.of(first.qa)
+        nows = (Rate.of(each.qa) for each in others)
         table.add_row("image qa", QA_MEASURE.short, _cell(was), *(_cell(now, was) for now in nows), str(was.total))
     return table
+
+
+def render_served(behaviours: Mapping[str, Behaviour], verdict: Verdict | None) -> RenderableType:
+    """The table of a served model, beside its baseline where there is one, and the ruling where there is one."""
+    return Group(_table(behaviours), *(_ruling(verdict.ruling, verdict.reasons) if verdict else ()))
+
+
+def _ruling(ruling: str, reasons: Sequence[str]) -> Iterator[RenderableType]:
+    yield Text(f"verdict      {ruling.upper()}", style=f"bold {COLOURS.get(ruling, 'yellow')}")
+    for reason in reasons:
+        yield Text(f"  - {reason}")
 
 
 def _cell(rate: Rate, before: Rate | None = None, more_is_better: bool = True) -> Text:

@@ -1,0 +1,69 @@
+"""`transformers serve` with the demo, asked over HTTP, says what the weights say. Needs guardfold[serve]."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import pytest
+
+from guardfold.guard.images import IMAGE_KINDS
+from guardfold.guard.vlm import load
+from guardfold.pipeline import check_served
+from guardfold.validators.behaviour import measure
+from guardfold.validators.demo import DEMO
+from guardfold.validators.endpoint import Endpoint
+from guardfold.validators.judge import PhraseJudge
+from guardfold.validators.probes import load_probes
+
+pytestmark = pytest.mark.serve
+STARTUP = 180
+SERVE = "import sys; from transformers.cli.transformers import main; sys.argv[0] = 'transformers'; main()"
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a server of the demo's folder."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("serve") / "log"
+    command = [sys.executable, "-c", SERVE, "serve", str(DEMO), "--host", "127.0.0.1", "--port", str(port)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    with log.open("w") as out:
+        options = ["--dtype", "float32", "--device", "cpu"]
+        process = subprocess.Popen([*command, *options], stdout=out, stderr=out, env=environment)
+    try:
+        for _ in range(2 * STARTUP):
+            assert process.poll() is None, log.read_text()[-2000:]
+            try:
+                urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            except (URLError, OSError):
+                time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def test_what_is_served_does_what_the_weights_do(served: str, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (DEMO / "probes.jsonl").read_text("utf-8").splitlines()]
+    kept = [row for row in rows if row["harmful"]][:24] + [row for row in rows if not row["harmful"]][:12]
+    few, qa = tmp_path / "few.jsonl", tmp_path / "none.jsonl"
+    few.write_text("\n".join(map(json.dumps, kept)), encoding="utf-8")
+    qa.write_text("", encoding="utf-8")
+    found = check_served(Endpoint(served, str(DEMO), concurrency=2), folder=DEMO, probes=few, qa=qa)
+    probes = load_probes(DEMO, few, qa)
+    weights = measure(load(DEMO, "cpu"), probes, PhraseJudge(probes.refusal), "weights")
+    assert 0 < sum(weights.kinds["shape"].complied) < 24
+    for kind in IMAGE_KINDS:
+        assert found.behaviour.kinds[kind].answers == weights.kinds[kind].answers
