@@ -18,7 +18,6 @@ from .export.card import (
     Source,
     extend_card,
     extend_manifest,
-    read_manifest,
     write_card,
     write_manifest,
     written_rounding,
@@ -33,6 +32,7 @@ from .export.remote import hollow_copy
 from .export.rewrite import Writing, rewrite
 from .export.staging import check_room, staging
 from .export.tracer import as_toml, family_rows, hollow
+from .export.verify import differences, load_manifest
 from .export.writers import Family, family_of
 from .guard.calibration import BUILT_IN_BENIGN, Part, Role, deal, examples, load_benign
 from .guard.directions import Directions, extract
@@ -77,6 +77,9 @@ DEFAULT_PRESET = "auto"
 RESIDUAL_ALPHA = {"projection": 0.0, "vlm-guard": 2.0}
 """How strongly a preset aligns, in scope residual. The published method aligns with another pass's states; with a
 position's own, alpha = 1 gives back just what the projection took, and 2 doubles what points towards harm."""
+
+PICTURE = GUARD_FILE.with_name("compliance.png")
+"""Of the card: what was complied with, by image kind."""
 
 MAX_ANCHORS = 100
 """Pairs that a projection on its own is extracted from (the paper's N)."""
@@ -385,7 +388,9 @@ def _add_graphs(
         raise InputError(
             f"{folder}: is guarded already; leave the guard's options out, or give the model it was made of"
         )
-    manifest, guard, checkpoint = read_manifest(folder), Guard.load(folder / GUARD_FILE), Checkpoint.open(folder)
+    manifest, guard, checkpoint = load_manifest(folder), Guard.load(folder / GUARD_FILE), Checkpoint.open(folder)
+    for difference in differences(folder, manifest):
+        raise InputError(f"{folder / difference}, so it is not what was measured; guard the original model again")
     plan = formats.plan(guard)
     assert plan
     with staging(target := _target(folder, output or f"{name}-onnx"), overwrite) as stage, threads_for(folder):
@@ -393,9 +398,10 @@ def _add_graphs(
         if formats.has("safetensors"):
             with _writing(checkpoint) as advance:
                 rewrite(checkpoint, family_of(checkpoint), Fold({}), stage, advance)
-        for file in (GUARD_FILE, "report.json", "report.html", "README.md"):
-            (stage / file).parent.mkdir(exist_ok=True)
-            shutil.copyfile(folder / file, stage / file)
+        for file in (GUARD_FILE, PICTURE, Path("report.json"), Path("report.html"), Path("README.md")):
+            if (folder / file).is_file():
+                (stage / file).parent.mkdir(exist_ok=True)
+                shutil.copyfile(folder / file, stage / file)
         runtime = _graphs(folder, None, stage, plan, guard, formats)
         verdict = Verdict(manifest["verdict"], ("measured when it was guarded",), {})
         integrity = Integrity(len(checkpoint.tensors), 0, (), "hashes in the manifest", ())
@@ -413,9 +419,8 @@ def _pictures(folder: Path, figures: dict[str, Any]) -> dict[str, str]:
     behaviours = shown(figures)
     if not behaviours:
         return {}
-    path = GUARD_FILE.with_name("compliance.png")
-    (folder / path).write_bytes(compliance_picture(behaviours, IMAGE_KINDS))
-    return {path.as_posix(): "Harmful prompts complied with, by image kind, with Wilson 95 % intervals"}
+    (folder / PICTURE).write_bytes(compliance_picture(behaviours, IMAGE_KINDS))
+    return {PICTURE.as_posix(): "Harmful prompts complied with, by image kind, with Wilson 95 % intervals"}
 
 
 def _command(source: Source, options: GuardOptions) -> str:

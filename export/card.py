@@ -13,7 +13,6 @@ from typing import Any
 from huggingface_hub import ModelCardData, metadata_load
 
 from .. import __version__
-from ..guard.errors import InputError
 from ..guard.guard import Guard
 from ..guard.hub import is_hub_id
 from ..guard.untrusted import parse_object, read_bytes
@@ -80,23 +79,6 @@ def write_manifest(
         "figures": evidence,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """guardfold.json of an exported `folder`, whose weights and guard are what it says. InputError otherwise."""
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        recorded = {name: str(value) for name, value in manifest["files"].items()}
-        if not isinstance(manifest["verdict"], str) or not isinstance(manifest["verified"], bool):
-            raise TypeError("verdict or verified is not what it should be")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path}: not a manifest that guardfold wrote ({error})") from error
-    measured = {path.name for path in folder.glob("*.safetensors")} | {"config.json", GUARD_FILE.as_posix()}
-    for name, found in file_hashes(folder).items():
-        if name in measured and recorded.get(name) != found:
-            raise InputError(f"{folder / name}: is not the file that was measured; guard the original model again")
-    return manifest
 
 
 def extend_manifest(folder: Path, manifest: Mapping[str, Any], verified: bool, figures: Mapping[str, Any]) -> None:
@@ -179,7 +161,8 @@ def extend_card(folder: Path) -> None:
 def _loading(folder: Path, names: Mapping[str, str]) -> list[str]:
     if (folder / "adapter_config.json").is_file():
         return ["## Load it", _LOAD_ADAPTER.format(**names)]
-    return [*(["## Load it", _LOAD] if any(folder.glob("*.safetensors")) else []), *_running(folder)]
+    graphs, weights = _running(folder), any(folder.glob("*.safetensors"))
+    return [*(["## Load it", _LOAD] if weights or not graphs else []), *graphs]
 
 
 def _running(folder: Path) -> list[str]:

@@ -187,7 +187,7 @@ def test_an_export_is_pushed_when_it_is_done_and_asked_for_a_token_before(
     guard, output = tmp_path / "guard.safetensors", tmp_path / "out"
     Guard((SublayerProjection({1: random_basis(1, 32)}),)).save(guard)
 
-    def export(**more: bool) -> Export:
+    def export(**more: Any) -> Export:
         options = GuardOptions(guard=str(guard))
         target = Target(REPO, private=True)
         return export_guarded(str(tiny_folder), output, options, skip_behaviour=True, push_to=target, **more)

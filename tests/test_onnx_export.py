@@ -94,7 +94,7 @@ def test_graphs_of_weights_that_were_changed_since_are_refused(both: Export, tmp
     folder = tmp_path / "changed"
     shutil.copytree(both.folder, folder)
     change_tensors(folder, lambda held: held["language_model.model.norm.weight"].mul_(2))
-    with pytest.raises(InputError, match=r"model\.safetensors: is not the file that was measured"):
+    with pytest.raises(InputError, match=r"model\.safetensors: differs, so it is not what was measured"):
         export_guarded(str(folder), tmp_path / "out", formats=Formats("onnx"))
     assert not (tmp_path / "out").exists()
 
