@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import resource
+import os
 import subprocess
 import sys
 import tempfile
@@ -125,9 +125,11 @@ def main() -> None:
                 "--skip-behaviour",
             ]
             paths = ["--guard", str(folder / f"{scope}.safetensors"), "--output", str(folder / "out"), "--overwrite"]
-            subprocess.run([*command, *paths], check=True, stdout=subprocess.DEVNULL)
-            peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-            print(f"{size / 1e9:.2f} GB, {scope}: {time.perf_counter() - start:.0f} s, peak so far {peak:.0f} MiB")
+            export = subprocess.Popen([*command, *paths], stdout=subprocess.DEVNULL)
+            _, status, usage = os.wait4(export.pid, 0)
+            assert status == 0, "the export failed"
+            peak = usage.ru_maxrss / 1024
+            print(f"{size / 1e9:.2f} GB, {scope}: {time.perf_counter() - start:.0f} s, peak {peak:.0f} MiB")
 
 
 if __name__ == "__main__":
