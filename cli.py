@@ -40,7 +40,7 @@ MODEL_HELP = "The demo, a model folder, a hub id (owner/name, @REVISION if need 
 Model = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
 PRESETS_HELP = (
     "auto (vlm-guard, unless validation shows its gate alone to be better), vlm-guard (projection and gate), gate, "
-    "or projection (which alone can make a model less safe)"
+    "linear (a gate that an adapter holds), or projection (which alone can make a model less safe)"
 )
 GuardOption = Annotated[str, typer.Option("--guard", "-g", help=f"A guard file, or a preset: {PRESETS_HELP}.")]
 Layers = Annotated[
@@ -129,6 +129,14 @@ FamilyFile = Annotated[
         "`guardfold inspect MODEL --trace` makes one.",
     ),
 ]
+AdapterOption = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter",
+        help="A PEFT LoRA adapter of your own (folder or hub id), merged into the model first: a fine-tune, guarded in "
+        "one command.",
+    ),
+]
 SkipBehaviour = Annotated[
     bool,
     typer.Option(
@@ -197,13 +205,23 @@ def export(
     anchors: Anchors = None,
     benign: Benign = None,
     family: FamilyFile = None,
+    adapter: AdapterOption = None,
     probes: Probes = None,
     qa: QA = None,
     judge: JudgeOption = None,
     skip_behaviour: SkipBehaviour = False,
     formats: Annotated[
-        str, typer.Option("--format", help="safetensors, onnx, or both: safetensors,onnx.")
+        str,
+        typer.Option(
+            "--format",
+            help="safetensors, onnx, or both: safetensors,onnx. Or lora: a PEFT adapter of a few MB for the unmodified "
+            "model, which holds projections and linear gates.",
+        ),
     ] = "safetensors",
+    allow_partial: Annotated[
+        bool,
+        typer.Option("--allow-partial", help="Of --format lora: write an adapter that holds only a part of the guard."),
+    ] = False,
     onnx_dtype: Annotated[
         str,
         typer.Option(
@@ -281,6 +299,8 @@ def export(
         overwrite=overwrite,
         writing=Writing(jobs, cast(Any, rounding), cast(Any, link)),
         push_to=Target(push_to, private, create_pr, revision) if push_to else None,
+        adapter=adapter,
+        allow_partial=allow_partial,
     )
     _show(result.evidence)
     typer.echo(f"written to {result.folder}" + ("" if result.verified else " (NOT VERIFIED)"))
@@ -302,6 +322,7 @@ def extract(
     anchors: Anchors = None,
     benign: Benign = None,
     family: FamilyFile = None,
+    adapter: AdapterOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
     """Extract a guard from a model and write it to a file, without touching the model.
@@ -328,6 +349,7 @@ def extract(
             family=family,
         ),
         overwrite=overwrite,
+        adapter=adapter,
     )
     _print(directions_table(made))
     typer.echo(f"written to {output}")
@@ -362,6 +384,7 @@ def check(
     report: Annotated[
         Path | None, typer.Option("--report", help="JSON file to write an endpoint's figures to.")
     ] = None,
+    adapter: AdapterOption = None,
 ) -> None:
     """Measure a guarded folder afresh against the model it was made from, or a model that is being served.
 
@@ -381,7 +404,14 @@ def check(
 
     _begin(against)
     evidence = check_guarded(
-        folder, against, probes=probes, qa=qa, judge=judge, skip_behaviour=skip_behaviour, family_file=family
+        folder,
+        against,
+        probes=probes,
+        qa=qa,
+        judge=judge,
+        skip_behaviour=skip_behaviour,
+        family_file=family,
+        adapter=adapter,
     )
     _show(evidence)
     if not evidence.sound or not (skip_behaviour or evidence.ruling == "safer"):

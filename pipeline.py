@@ -12,9 +12,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from . import __version__
+from .export.adapter import BIASED, CONFIG_FILE, Adapter, adaptable, adapters, without
+from .export.adapter_card import notes
 from .export.card import (
     GUARD_FILE,
     MANIFEST,
+    AdapterNotes,
     Source,
     extend_card,
     extend_manifest,
@@ -27,6 +30,7 @@ from .export.companions import copy_companions
 from .export.fold import Fold, Placement, fold
 from .export.formats import Formats
 from .export.hub import Target, push
+from .export.merge import describe_adapter, merging
 from .export.onnx.graphs import Plan, write_graphs
 from .export.remote import hollow_copy
 from .export.rewrite import Writing, rewrite
@@ -39,7 +43,7 @@ from .guard.directions import Directions, extract
 from .guard.errors import InputError, Refused
 from .guard.guard import Guard, Intervention
 from .guard.images import IMAGE_KINDS
-from .guard.interventions import Gate, TwoPass
+from .guard.interventions import Gate, LinearGate, TwoPass
 from .guard.presets import (
     DEFAULT_LAYERS,
     FALSE_POSITIVE_RATES,
@@ -49,6 +53,7 @@ from .guard.presets import (
     Scope,
     gate_layers,
     gates,
+    linear_gates,
     parse_layers,
     projection,
     with_projection,
@@ -57,6 +62,7 @@ from .guard.progress import bar
 from .guard.prompts import BUILT_IN_ANCHORS, beside, load_anchors
 from .guard.transcripts import Usage
 from .guard.vlm import VLM, load, located, meta_model, mlp_parts, resolve, threads_for
+from .validators.adapted import Adapted
 from .validators.batches import comparison_batches
 from .validators.behaviour import Behaviour, observe
 from .validators.check import NOT_MEASURED, Evidence, examine, examine_hooked, with_graphs
@@ -69,10 +75,11 @@ from .validators.plots import compliance_picture
 from .validators.probes import Asked, load_probes, refusal_text
 from .validators.recorded import recall
 from .validators.runtime import Runtime, check_graphs
-from .validators.select import Bench, best, choose, sample_scores, scrutinise
+from .validators.select import Bench, best, choose, sample_scores, scrutinise, scrutinise_linear
 from .validators.verdict import Verdict, judge_guard
 
-PRESETS = ("auto", "vlm-guard", "gate", "projection")
+PRESETS = ("auto", "vlm-guard", "gate", "linear", "projection")
+GATED = ("auto", "vlm-guard", "gate")
 DEFAULT_PRESET = "auto"
 RESIDUAL_ALPHA = {"projection": 0.0, "vlm-guard": 2.0}
 """How strongly a preset aligns, in scope residual. The published method aligns with another pass's states; with a
@@ -89,11 +96,11 @@ MAX_ANCHORS = 100
 class GuardOptions:
     """Which guard: a guard file, or a preset with where it acts, how strongly, and from what it is made.
 
-    guard: a file, or auto, vlm-guard, gate, projection.  scope, rank: of the projection.  layers, strength: of the
-    projection; None lets validation choose (the preset projection takes the last quarter in full). false_positive_rate:
-    share of harmless positions that reach t0; None lets validation choose.  placement: recycle overwrites the least
-    used neurons, widen adds some.  beta: steepness of the gate's corners.  family: a file that says what writes to the
-    residual stream in a family that has no row.
+    guard: a file, or one of PRESETS.  scope, rank: of the projection.  layers, strength: of the projection; None lets
+    validation choose (the preset projection takes the last quarter in full).  false_positive_rate: share of harmless
+    positions that reach t0; None lets validation choose.  placement: recycle overwrites the least used neurons, widen
+    adds some.  beta: steepness of the gate's corners.  family: a file that says what writes to the residual stream in a
+    family that has no row.
     """
 
     guard: str = DEFAULT_PRESET
@@ -140,8 +147,10 @@ def extract_guard(model: str, options: GuardOptions | None = None) -> Guard:
     Raises InputError for a model or prompts that cannot be used, layers out of range, or a rank above the anchors, and
     Refused if no candidate is within the limits or the detector cannot tell harmful prompts apart.
     """
-    options = options or GuardOptions()
-    folder, name = resolve(model)
+    return _guard_of(*resolve(model), options or GuardOptions())
+
+
+def _guard_of(folder: Path, name: str, options: GuardOptions) -> Guard:
     if options.guard.endswith(".safetensors") or Path(options.guard).is_file():
         return Guard.load(Path(options.guard))
     if options.guard not in PRESETS:
@@ -174,7 +183,11 @@ def _made(folder: Path, name: str, options: GuardOptions) -> Guard:
         found: dict[str, Any] = {"directions": directions.figures()}
     else:
         benign = load_benign(options.benign or beside(folder, "benign.jsonl") or BUILT_IN_BENIGN)
-        interventions, directions, found = _gated(vlm, family, deal(anchors, benign), layers, options)
+        parts = deal(anchors, benign)
+        if options.guard == "linear":
+            interventions, directions, found = _linear(vlm, family, parts)
+        else:
+            interventions, directions, found = _gated(vlm, family, parts, layers, options)
     late = [layer for layer in parse_layers(DEFAULT_LAYERS, family.layers) if layer in directions.bases]
     reference = TwoPass(directions.only(late).bases) if late else None
     return Guard(interventions, json.loads(json.dumps({**provenance, **found})), reference)
@@ -220,6 +233,32 @@ def _gated(
     return chosen.candidate.interventions, directions, found
 
 
+def _linear(
+    vlm: VLM, family: Family, parts: dict[Role, Part]
+) -> tuple[tuple[Intervention, ...], Directions, dict[str, Any]]:
+    """The best linear gate on the select part; the directions; and all that was found, as JSON."""
+    tried = [layer for layer in gate_layers(family.layers) if layer in family.mlps]
+    if not tried:
+        raise InputError(f"{family.model_type}: no upper layer has a dense MLP; a gate cannot be folded there")
+    directions = extract(vlm, parts["fit"].anchors, range(family.layers), 1)
+    fit = examples(vlm, parts["fit"], tried, "fit", neurons=True)
+    bench = Bench(vlm, parts["select"], PhraseJudge(refusal_text(vlm.folder)))
+    trials = bench.try_all(list(linear_gates(fit, directions)), "choosing a linear gate")
+    chosen, why = choose("gate", best(trials, bench.original), None)
+    (final,) = (each for each in chosen.candidate.interventions if isinstance(each, LinearGate))
+    held_out = examples(vlm, parts["test"], [final.layer], "test", neurons=True)[final.layer]
+    selection = {
+        "chosen": chosen.row(),
+        "preset": "linear",
+        "why": why,
+        "original": asdict(bench.original),
+        "candidates": [trial.row() for trial in trials],
+        "parts": {role: len(part.harmful) for role, part in parts.items()},
+    }
+    found = {"directions": directions.figures(), "selection": selection}
+    return chosen.candidate.interventions, directions, {**found, "held_out": scrutinise_linear(final, held_out)}
+
+
 def _material(
     vlm: VLM,
     family: Family,
@@ -243,15 +282,21 @@ def _material(
     )
 
 
-def extract_to(output: Path, model: str, options: GuardOptions, *, overwrite: bool = False) -> Guard:
-    """Extracts a guard into the file `output`. InputError if that exists (without `overwrite`) or cannot be."""
+def extract_to(
+    output: Path, model: str, options: GuardOptions, *, overwrite: bool = False, adapter: str | None = None
+) -> Guard:
+    """Extracts a guard into the file `output`, from `model` or, with `adapter`, from `model` after merging it.
+
+    Raises InputError if the file exists (without `overwrite`) or cannot be.
+    """
     if output.exists() and not (overwrite and output.is_file()):
         raise InputError(f"{output}: exists already; choose another --output or pass --overwrite")
     if not output.parent.is_dir():
         raise InputError(f"{output.parent}: no such folder")
     if options.guard not in PRESETS:
         raise InputError(f"--guard {options.guard}: extraction takes a preset ({', '.join(PRESETS)})")
-    guard = extract_guard(model, options)
+    with _base(*resolve(model), adapter, output.parent, options.family) as (source, base):
+        guard = _guard_of(base, source.title, options)
     guard.save(output)
     return guard
 
@@ -271,9 +316,15 @@ def export_guarded(
     overwrite: bool = False,
     writing: Writing | None = None,
     push_to: Target | None = None,
+    adapter: str | None = None,
+    allow_partial: bool = False,
 ) -> Export:
     """Writes `model` with a guard to `output` (default ./<name>-guarded), if it is safer: folded into its weights, as
-    ONNX graphs, or both. Of a folder that is guarded already, graphs are written (default ./<name>-onnx).
+    ONNX graphs, or both; or as a PEFT adapter for the unmodified model. Of a folder that is guarded already, graphs are
+    written (default ./<name>-onnx).
+
+    allow_partial: write an adapter even if it does not hold all of the guard.  adapter: folder or hub id of a PEFT LoRA
+    adapter that is merged into the model first; what is guarded, and measured against, is then the merged model.
 
     probes, qa: files that replace the model's own or the built-in ones.  skip_behaviour: measure nothing but soundness
     and equality; the manifest says NOT VERIFIED.  allow_weaker: publish whatever the verdict; the manifest and the card
@@ -292,43 +343,49 @@ def export_guarded(
     if formats.has("onnx") and (folder / MANIFEST).is_file():
         made = _add_graphs(folder, name, output, options, formats, overwrite)
         return replace(made, url=push(made.folder, push_to, allow_weaker=allow_weaker)) if push_to else made
-    source, checkpoint = Source(name, folder), Checkpoint.open(folder)
-    family = family_of(checkpoint, options.family)
-    asked = None if skip_behaviour else load_probes(folder, probes, qa)
-    decides = ModelJudge(judge) if judge else None
-    target = _target(folder, output or f"{name.rpartition('/')[2]}-guarded")
-    with staging(target, overwrite) as stage, threads_for(folder):
-        if writing.link != "hard":
-            check_room(target.parent, checkpoint.data_bytes)
-        guard = extract_guard(model, options)
-        plan, edits = formats.plan(guard), Fold({})
-        copy_companions(folder, stage)
-        (stage / GUARD_FILE).parent.mkdir()
-        guard.save(stage / GUARD_FILE)
-        with _weights_place(stage, formats) as place:
-            if plan and plan.traced:
-                place = folder
-                evidence = examine_hooked(checkpoint, guard, asked, decides)
+    _check_adapters(formats, options, adapter, allow_partial)
+    called = resolve(adapter)[1] if adapter else name
+    target = _target(folder, output or f"{called.rpartition('/')[2]}-guarded")
+    with staging(target, overwrite) as stage:
+        with _base(folder, name, adapter, stage, options.family) as (source, base), threads_for(base):
+            checkpoint = Checkpoint.open(base)
+            family = family_of(checkpoint, options.family)
+            asked = None if skip_behaviour else load_probes(base, probes, qa)
+            decides = ModelJudge(judge) if judge else None
+            if writing.link != "hard" and not formats.has("lora"):
+                check_room(target.parent, checkpoint.data_bytes)
+            guard = _guard_of(base, source.title, options)
+            plan, edits, said = formats.plan(guard), Fold({}), None
+            if formats.has("lora"):
+                guard, edits, said = _write_adapters(stage, checkpoint, family, guard, source, allow_partial)
             else:
-                edits = fold(guard, family, checkpoint.shapes, checkpoint.read)
-                if strict and edits.approximate:
-                    raise Refused(f"--strict: {family.model_type}: {edits.approximate}; use --scope sublayers")
-                with _writing(checkpoint) as advance:
-                    rewrite(checkpoint, family, edits, place, advance, writing)
-                copy_companions(folder, place)
-                evidence = examine(
-                    checkpoint, Checkpoint.open(place), family, guard, edits, writing.rounding, asked, decides
-                )
-                _refuse_unsound(evidence, allow_weaker or skip_behaviour)
-            if plan and (runtime := _graphs(place, folder, stage, plan, guard, formats)):
-                evidence = with_graphs(evidence, runtime, stage, formats.provider, asked, decides)
+                copy_companions(base, stage)
+            (stage / GUARD_FILE).parent.mkdir()
+            guard.save(stage / GUARD_FILE)
+            with _weights_place(stage, formats) as place:
+                if plan and plan.traced:
+                    place = base
+                    evidence = examine_hooked(checkpoint, guard, asked, decides)
+                else:
+                    edits = edits if said else fold(guard, family, checkpoint.shapes, checkpoint.read)
+                    if strict and edits.approximate:
+                        raise Refused(f"--strict: {family.model_type}: {edits.approximate}; use --scope sublayers")
+                    if not said:
+                        with _writing(checkpoint, "folding (MB)") as advance:
+                            rewrite(checkpoint, family, edits, place, advance, writing)
+                        copy_companions(base, place)
+                    folded = Adapted(checkpoint, stage) if said else Checkpoint.open(place)
+                    evidence = examine(checkpoint, folded, family, guard, edits, writing.rounding, asked, decides)
+                    _refuse_unsound(evidence, allow_weaker or skip_behaviour)
+                if plan and (runtime := _graphs(place, base, stage, plan, guard, formats)):
+                    evidence = with_graphs(evidence, runtime, stage, formats.provider, asked, decides)
         _refuse_unsound(evidence, allow_weaker or skip_behaviour)
         verified = evidence.ruling == "safer" and (plan is None or _vouched(evidence.runtime))
         figures = evidence.figures()
         described = {**guard.provenance, "interventions": guard.describe()}
         report = json.dumps({**figures, "guard": described}, indent=2) + "\n"
         (stage / "report.json").write_text(report, encoding="utf-8")
-        page = render_page(name, figures, described, edits.per_layer(family))
+        page = render_page(source.title, figures, described, edits.per_layer(family))
         (stage / "report.html").write_text(page, encoding="utf-8")
         write_card(
             stage,
@@ -338,9 +395,10 @@ def export_guarded(
             verified,
             markdown(figures),
             pictures=_pictures(stage, figures),
-            command=_command(source, options),
+            command=_command(source, options, said is not None),
+            notes=said,
         )
-        write_manifest(stage, source, guard, writing.rounding, evidence.ruling, verified, figures)
+        write_manifest(stage, source, guard, writing.rounding, evidence.ruling, verified, figures, said)
     made = Export(target, guard, evidence, verified)
     return replace(made, url=push(target, push_to, allow_weaker=allow_weaker)) if push_to else made
 
@@ -363,7 +421,7 @@ def _refuse_unsound(evidence: Evidence, whatever_it_does: bool) -> None:
 @contextmanager
 def _weights_place(stage: Path, formats: Formats) -> Iterator[Path]:
     """Where the folded weights go: into `stage`, or, where nobody wants them but the graphs, aside and away."""
-    if formats.has("safetensors"):
+    if formats.has("safetensors") or formats.has("lora"):
         yield stage
         return
     with TemporaryDirectory(dir=stage, prefix=".weights-") as aside:
@@ -396,7 +454,7 @@ def _add_graphs(
     with staging(target := _target(folder, output or f"{name}-onnx"), overwrite) as stage, threads_for(folder):
         copy_companions(folder, stage)
         if formats.has("safetensors"):
-            with _writing(checkpoint) as advance:
+            with _writing(checkpoint, "copying (MB)") as advance:
                 rewrite(checkpoint, family_of(checkpoint), Fold({}), stage, advance)
         for file in (GUARD_FILE, PICTURE, Path("report.json"), Path("report.html"), Path("README.md")):
             if (folder / file).is_file():
@@ -423,14 +481,73 @@ def _pictures(folder: Path, figures: dict[str, Any]) -> dict[str, str]:
     return {PICTURE.as_posix(): "Harmful prompts complied with, by image kind, with Wilson 95 % intervals"}
 
 
-def _command(source: Source, options: GuardOptions) -> str:
+def _command(source: Source, options: GuardOptions, as_adapter: bool = False) -> str:
     """What makes the same folder again: options that are not the default, files by their names alone."""
     given = {name: value for name, value in asdict(options).items() if value != getattr(GuardOptions(), name)}
     if "guard" in given and given["guard"] not in PRESETS:
         given["guard"] = GUARD_FILE.as_posix()
     model = f"{source.name}@{source.revision}" if source.revision else source.name
     words = [f"--{name.replace('_', '-')} {getattr(value, 'name', value)}" for name, value in given.items()]
+    words += [f"--adapter {source.adapter['name']}"] if source.adapter else []
+    words += ["--format lora"] if as_adapter else []
     return " ".join(["guardfold export --model", model, *words])
+
+
+def _check_adapters(formats: Formats, options: GuardOptions, adapter: str | None, allow_partial: bool) -> None:
+    if not formats.has("lora"):
+        return
+    if adapter:
+        raise InputError("--format lora with --adapter: it would fit the merged model, which nobody has; leave one out")
+    if options.guard in GATED and not allow_partial:
+        raise InputError(
+            f"--format lora: the preset {options.guard} has a gate, whose neurons no adapter holds; use --guard linear "
+            "or projection, or --allow-partial to leave the gate out"
+        )
+
+
+@contextmanager
+def _base(
+    folder: Path, name: str, adapter: str | None, scratch: Path, family_file: Path | None
+) -> Iterator[tuple[Source, Path]]:
+    """(what is guarded, the folder of its weights): the model `name` in `folder`, or, with `adapter`, that model after
+    merging, which lies in `scratch` until the block ends.
+    """
+    if adapter is None:
+        yield Source(name, folder), folder
+        return
+    place, called = resolve(adapter)
+    checkpoint = Checkpoint.open(folder)
+    family = family_of(checkpoint, family_file)
+    edits = merging(checkpoint, family, place)
+    check_room(scratch, checkpoint.data_bytes)
+    with TemporaryDirectory(prefix=".merged-", dir=scratch) as merged:
+        with _writing(checkpoint, "merging (MB)") as advance:
+            rewrite(checkpoint, family, edits, Path(merged), advance)
+        copy_companions(folder, Path(merged))
+        yield Source(name, folder, describe_adapter(called, place)), Path(merged)
+
+
+def _write_adapters(
+    stage: Path, checkpoint: Checkpoint, family: Family, guard: Guard, source: Source, allow_partial: bool
+) -> tuple[Guard, Fold, AdapterNotes]:
+    """(what adapters hold of `guard`, the same as a fold, what the card says), the adapters being written into `stage`.
+
+    Raises InputError if they do not hold all of it, unless `allow_partial`, or nothing.
+    """
+    kept, lost = adaptable(guard)
+    edits, made = Fold({}), list[Adapter]()
+    if kept is not None:
+        whole = fold(kept, family, checkpoint.shapes, checkpoint.read)
+        made, left_out = adapters(checkpoint, family, whole)
+        edits = without(whole, left_out)
+        lost += edits.left_out
+    if not made or kept is None:
+        raise InputError(f"--format lora: no adapter holds any of this guard: {'; '.join(lost)}; use --guard linear")
+    if lost and not allow_partial:
+        raise InputError(f"--format lora: adapters do not hold {'; '.join(lost)}; leave it out with --allow-partial")
+    for each, place in zip(made, (stage, stage / BIASED), strict=False):
+        each.save(place, source.name, source.revision)
+    return kept, edits, notes(stage, family.tied and family.embedding in edits.edits, lost)
 
 
 def check_guarded(
@@ -442,21 +559,28 @@ def check_guarded(
     judge: str | None = None,
     skip_behaviour: bool = False,
     family_file: Path | None = None,
+    adapter: str | None = None,
 ) -> Evidence:
-    """The evidence about the guarded `folder`, measured afresh against the model that it was made from.
+    """The evidence about the guarded `folder`, weights or adapters, measured afresh against the model that it was made
+    from; with `adapter`, that is `against` after merging it.
 
     Raises InputError if either cannot be loaded or `folder` brings no guard file.
     """
-    origin, _ = resolve(against)
-    checkpoint = Checkpoint.open(origin)
-    family = family_of(checkpoint, family_file)
     guard = Guard.load(folder / GUARD_FILE)
-    edits = fold(guard, family, checkpoint.shapes, checkpoint.read)
     rounding = written_rounding(folder)
-    asked = None if skip_behaviour else load_probes(origin, probes, qa)
-    decides = ModelJudge(judge) if judge else None
-    with threads_for(origin):
-        return examine(checkpoint, Checkpoint.open(folder), family, guard, edits, rounding, asked, decides)
+    with _base(*resolve(against), adapter, folder.parent, family_file) as (_, origin), threads_for(origin):
+        checkpoint = Checkpoint.open(origin)
+        family = family_of(checkpoint, family_file)
+        edits = fold(guard, family, checkpoint.shapes, checkpoint.read)
+        folded: Checkpoint | Adapted
+        if (folder / CONFIG_FILE).is_file():
+            edits = without(edits, adapters(checkpoint, family, edits)[1])
+            folded = Adapted(checkpoint, folder)
+        else:
+            folded = Checkpoint.open(folder)
+        asked = None if skip_behaviour else load_probes(origin, probes, qa)
+        decides = ModelJudge(judge) if judge else None
+        return examine(checkpoint, folded, family, guard, edits, rounding, asked, decides)
 
 
 @dataclass(frozen=True)
@@ -549,9 +673,9 @@ def trace_family(model: str) -> str:
 
 
 @contextmanager
-def _writing(checkpoint: Checkpoint) -> Iterator[Any]:
+def _writing(checkpoint: Checkpoint, what: str) -> Iterator[Any]:
     with bar() as progress:
-        task = progress.add_task("folding (MB)", total=checkpoint.data_bytes >> 20)
+        task = progress.add_task(what, total=checkpoint.data_bytes >> 20)
         written = 0
 
         def advance(count: int) -> None:

@@ -31,11 +31,32 @@ class Source:
 
     name: str
     folder: Path
+    adapter: Mapping[str, Any] | None = None
+    """The adapter that was merged first: its name, hub commit and hash."""
+
+    def describe(self) -> dict[str, Any]:
+        merged = {"adapter": dict(self.adapter)} if self.adapter else {}
+        return {"model": self.name, "revision": self.revision, **merged}
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} with {self.adapter['name']}" if self.adapter else self.name
 
     @property
     def revision(self) -> str | None:
         resolved = self.folder.resolve()
         return resolved.name if resolved.parent.name == "snapshots" else None
+
+
+@dataclass(frozen=True)
+class AdapterNotes:
+    """What is said of a guard that was written as adapters: how it is held, what there is to loading it besides a
+    PeftModel, Markdown; and what they do not hold of the guard that was asked for, a line each.
+    """
+
+    held: str
+    load: str
+    left_out: tuple[str, ...] = ()
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
@@ -60,7 +81,14 @@ def written_rounding(folder: Path) -> Rounding:
 
 
 def write_manifest(
-    folder: Path, source: Source, guard: Guard, rounding: Rounding, ruling: str, verified: bool, evidence: Any
+    folder: Path,
+    source: Source,
+    guard: Guard,
+    rounding: Rounding,
+    ruling: str,
+    verified: bool,
+    evidence: Any,
+    notes: AdapterNotes | None = None,
 ) -> None:
     """guardfold.json: what these files are, where they came from, and everything that was measured of them."""
     manifest = {
@@ -68,7 +96,8 @@ def write_manifest(
         "verdict": ruling,
         "verified": verified,
         "status": _status(verified),
-        "source": {"model": source.name, "revision": source.revision},
+        **({"format": "lora", "left_out": list(notes.left_out)} if notes else {}),
+        "source": source.describe(),
         "guard": {
             "sha256": guard.hash,
             "interventions": guard.describe(),
@@ -107,10 +136,12 @@ def write_card(
     *,
     pictures: Mapping[str, str] | None = None,
     command: str | None = None,
+    notes: AdapterNotes | None = None,
 ) -> None:
     """README.md, a model card: what this is, how to load and reproduce it, what was measured, limits, licence.
 
-    measured: Markdown.  pictures: path inside `folder` -> what it shows.  command: what makes it again.
+    measured: Markdown.  pictures: path inside `folder` -> what it shows.  command: what makes it again.  notes: where
+    it is adapters.
     """
     on_hub = is_hub_id(source.name)
     terms: dict[str, Any] = _terms(source.folder)
@@ -123,7 +154,9 @@ def write_card(
         tags=["guardfold", "vlm-guard"],
         **terms,
     )
+    merged = f" with the adapter `{source.adapter['name']}` merged" if source.adapter else ""
     base = f"[{source.name}](https://huggingface.co/{source.name})" if on_hub else f"`{source.name}`"
+    base += merged
     names = {
         "base": base,
         "source": source.name,
@@ -134,12 +167,14 @@ def write_card(
     }
     parts = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {source.name}, guarded",
+        f"# {source.title}, guarded",
         _standing(ruling, verified),
-        _WHAT.format(**names, held=_IN_WEIGHTS if guard.in_weights else _IN_GRAPHS),
+        _WHAT.format(**names, held=notes.held if notes else _IN_WEIGHTS if guard.in_weights else _IN_GRAPHS),
+        *(_missing(notes) if notes else ()),
         "```json\n" + json.dumps(guard.describe(), indent=2) + "\n```",
         _USE,
         *_loading(folder, names),
+        *([notes.load] if notes else ()),
         "## Measured",
         measured,
         *(f"![{caption}]({path})" for path, caption in (pictures or {}).items()),
@@ -148,6 +183,12 @@ def write_card(
         _LICENCE.format(**names),
     ]
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _missing(notes: AdapterNotes) -> list[str]:
+    """The paragraphs about what is left out, if anything is."""
+    lines = "\n".join(f"- {each}" for each in notes.left_out)
+    return ["**Holds only a part of the guard that was asked for.** Left out:", lines] if lines else []
 
 
 def extend_card(folder: Path) -> None:

@@ -115,6 +115,81 @@ Projecting = ProjectRows | ProjectColumns | ProjectSlices
 """The edits that take a direction out of what a tensor writes."""
 
 
+def taken(edit: Projecting, block: Tensor, first: int) -> Tensor:
+    """V W (V D W under a post-norm), the component that `edit` takes away, of rows first, first + 1, ... of a tensor.
+
+    Of rows [n, ...]: [m, ...], to be summed up over the blocks.  Of columns [n, ..., d]: [n, ..., m], and of slices
+    [n, d, k]: [n, m, k], to be put one after the other.
+    """
+    reading = edit.reading.to(block)
+    if isinstance(edit, ProjectRows):
+        return torch.tensordot(reading[:, first : first + len(block)], block, 1)
+    return block @ reading.T if isinstance(edit, ProjectColumns) else reading @ block
+
+
+@dataclass(frozen=True)
+class AddLowRank:
+    """W + L R for W [rows, columns], or W_e + L_e R_e for stacked ones, or b + L R for a vector b [rows].
+
+    left: L, [rows, r] or [E, rows, r].  right: R, [r, columns], [E, r, columns] or [r].
+    """
+
+    left: Tensor
+    right: Tensor
+    two_pass = False
+
+    def observe(self, block: Tensor, first: int) -> None:
+        """Nothing: what is added does not depend on what was there."""
+
+    def apply(self, block: Tensor, first: int) -> Tensor:
+        rows = slice(first, first + len(block))
+        right = self.right[rows] if self.right.ndim == 3 else self.right
+        return block + self.left[rows].to(block) @ right.to(block)
+
+    def turned(self) -> AddLowRank:
+        """The same for the transposed tensor (of stacked ones: for each of them)."""
+        return AddLowRank(self.right.mT, self.left.mT)
+
+
+@dataclass
+class SetNorms:
+    """Gives each row (axis 0) or column (axis 1) of W [rows, columns] the Euclidean norm in `norms`: DoRA's magnitude.
+
+    Source: Liu et al. 2024, DoRA, equation 5.
+    """
+
+    norms: Tensor
+    axis: int
+    two_pass = True
+    squares: Tensor | None = None
+    """Of each column: the sum of squares over the blocks seen so far."""
+
+    def observe(self, block: Tensor, first: int) -> None:
+        part = block.square().sum(0)
+        self.squares = part if self.squares is None else self.squares + part
+
+    def apply(self, block: Tensor, first: int) -> Tensor:
+        if self.axis == 0:
+            norms = self.norms[first : first + len(block), None].to(block)
+            return block * (norms / torch.linalg.norm(block, dim=1, keepdim=True))
+        assert self.squares is not None, "apply before observe"
+        return block * (self.norms.to(block) / self.squares.sqrt())
+
+
+@dataclass(frozen=True)
+class SetAll:
+    """Puts `tensor` in place of what was there."""
+
+    tensor: Tensor
+    two_pass = False
+
+    def observe(self, block: Tensor, first: int) -> None:
+        """Nothing: what was there does not matter."""
+
+    def apply(self, block: Tensor, first: int) -> Tensor:
+        return self.tensor[first : first + len(block)].to(block)
+
+
 @dataclass(frozen=True)
 class SetRows:
     """Puts `rows`, row number -> [...] as wide as the tensor's rows, in place of what was there."""

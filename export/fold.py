@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..guard.errors import InputError
 from ..guard.guard import Guard, Intervention
-from ..guard.interventions import NEURONS, Gate, SharedProjection, SublayerProjection, TwoPass
-from .edits import Edit, ProjectColumns, Projecting, ProjectRows, ProjectSlices, SetColumns, SetRows
+from ..guard.interventions import NEURONS, Gate, LinearGate, SharedProjection, SublayerProjection, TwoPass
+from .edits import AddLowRank, Edit, ProjectColumns, Projecting, ProjectRows, ProjectSlices, SetColumns, SetRows
 from .writers import Family, PostNorm, Writer
 
 Placement = Literal["recycle", "widen"]
@@ -39,6 +39,7 @@ class Fold:
     new: tensor (zeros before its edits, its shape in `grown`) -> the tensor whose dtype and shard it takes.
     text_config: what changes in the text model's config.
     approximate: why the edits are not equal to the hooks, one line; None where they are.
+    left_out: what the guard changes and these edits do not, as a line each; only of an adapter that holds a part of it.
     """
 
     edits: Mapping[str, Sequence[Edit]]
@@ -47,6 +48,7 @@ class Fold:
     new: Mapping[str, str] = field(default_factory=dict)
     text_config: Mapping[str, Any] = field(default_factory=dict)
     approximate: str | None = None
+    left_out: tuple[str, ...] = ()
 
     @property
     def changed(self) -> set[str]:
@@ -131,6 +133,8 @@ def _edits(
             yield writer.disk, _project(writer, shapes[writer.disk], each.basis, each.strength, gain)
     elif isinstance(each, Gate):
         yield from _gate_edits(each, family, shapes)
+    elif isinstance(each, LinearGate):
+        yield _linear_gate_edit(each, family, shapes)
     else:
         advice = (
             "only hooks run it" if isinstance(each, TwoPass) else "export it with --format onnx, or use another --scope"
@@ -200,3 +204,12 @@ def _gate_edits(gate: Gate, family: Family, shapes: Mapping[str, Shape]) -> Iter
         yield mlp.up, SetRows(dict(zip(places, neurons.up, strict=True)))
         if mlp.bias_of(mlp.up) in shapes:
             yield mlp.bias_of(mlp.up), SetRows(dict(zip(places, neurons.up_bias, strict=True)))
+
+
+def _linear_gate_edit(gate: LinearGate, family: Family, shapes: Mapping[str, Shape]) -> tuple[str, Edit]:
+    if gate.layer not in family.mlps:
+        raise InputError(f"{family.model_type}: layer {gate.layer} has no dense MLP; a gate cannot be folded there")
+    down = family.mlps[gate.layer].down
+    if shapes[down] != (gate.width, len(gate.readout)):
+        raise InputError(f"{down}: is {list(shapes[down])}, the gate reads {len(gate.readout)} neurons")
+    return down, AddLowRank(gate.column[:, None], gate.readout[None])

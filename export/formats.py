@@ -9,16 +9,17 @@ from ..guard.guard import Guard
 from .onnx.graphs import Plan
 from .onnx.layout import PROVIDERS, Weights, precisions
 
-FORMATS = ("safetensors", "onnx")
+FORMATS = ("safetensors", "onnx", "lora")
 
 
 @dataclass(frozen=True)
 class Formats:
     """In which forms a guarded model is written.
 
-    names: safetensors, onnx, or both with a comma.  onnx_dtype: number formats with commas (fp32, fp16, bf16,
-    bf16-native, q8, q4).  onnx_weights: copy, or shared with the safetensors.  provider: where onnxruntime is compared
-    with torch (auto, cpu, cuda).  skip_runtime: write the graphs without running them; the manifest says NOT VERIFIED.
+    names: safetensors, onnx, or both with a comma; or lora, an adapter for the unmodified model.  onnx_dtype: number
+    formats with commas (fp32, fp16, bf16, bf16-native, q8, q4).  onnx_weights: copy, or shared with the safetensors.
+    provider: where onnxruntime is compared with torch (auto, cpu, cuda).  skip_runtime: write the graphs without
+    running them; the manifest says NOT VERIFIED.
     """
 
     names: str = "safetensors"
@@ -29,7 +30,9 @@ class Formats:
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.names.split(",")) - set(FORMATS)):
-            raise InputError(f"--format {unknown[0]!r}: one or both of {','.join(FORMATS)}")
+            raise InputError(f"--format {unknown[0]!r}: one of {', '.join(FORMATS)}, or safetensors,onnx")
+        if self.has("lora") and self.names != "lora":
+            raise InputError(f"--format {self.names}: an adapter is for the unmodified model; write it by itself")
         precisions(self.onnx_dtype)
         if self.provider not in PROVIDERS:
             raise InputError(f"--provider {self.provider}: one of {', '.join(PROVIDERS)}")

@@ -66,8 +66,8 @@ class Layout:
     """Every parameter and buffer of a checkpoint by its name in memory, as transformers would load it into `model`.
 
     stored: name in memory -> how it lies on disk.  shapes: name in memory -> the shape that what is on disk gives.
-    model: may be on meta.  shapes (argument): tensor's name on disk -> shape.  Raises InputError naming the tensor if
-    transformers could not convert it.
+    disk_shapes: tensor's name on disk -> shape, as it was given.  model: may be on meta.  Raises InputError naming the
+    tensor if transformers could not convert it.
     """
 
     def __init__(self, model: PreTrainedModel, shapes: Mapping[str, Shape]) -> None:
@@ -77,6 +77,7 @@ class Layout:
         self._converters = [each for each in transforms if isinstance(each, WeightConverter)]
         self._groups: dict[str, tuple[WeightConverter, list[tuple[str, str]]]] = {}
         self._group_of: dict[str, str] = {}
+        self.disk_shapes = shapes
         self.stored: dict[str, Stored] = {}
         self.shapes: dict[str, Shape] = {}
         for disk in sorted(shapes, key=dot_natural_key):

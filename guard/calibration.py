@@ -101,18 +101,23 @@ class Examples:
 
 
 def examples(
-    vlm: VLM, part: Part, layers: Sequence[int], what: str, usage: dict[int, Usage] | None = None
+    vlm: VLM,
+    part: Part,
+    layers: Sequence[int],
+    what: str,
+    usage: dict[int, Usage] | None = None,
+    neurons: bool = False,
 ) -> dict[int, Examples]:
     """layer -> Examples of `part`: anchors under every anchor kind, benign prompts, and pictured ones, with answers.
 
-    Harmful anchors are followed by the model's answer to them without a picture, so that a refusal under way is among
-    what must not open the gate.
+    neurons: of the MLP's neurons, [n, neurons], not of what it reads.  Harmful anchors are followed by the model's
+    answer to them without a picture, so that a refusal under way is among what must not open the gate.
     """
     harmful: dict[int, dict[ImageKind, Tensor]] = {layer: {} for layer in layers}
     other: dict[int, list[Readings]] = {layer: [] for layer in layers}
 
     def note(transcripts: Transcripts, opens: bool = False) -> None:
-        for layer, readings in read(vlm, transcripts, layers, f"{what}: reading", usage).items():
+        for layer, readings in read(vlm, transcripts, layers, f"{what}: reading", usage, neurons).items():
             if opens and transcripts.kind:
                 harmful[layer][transcripts.kind] = readings.at(Place.LAST)
             other[layer].append(readings.but(Place.LAST) if opens else readings)

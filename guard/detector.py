@@ -82,6 +82,21 @@ def thresholds(u: Tensor, positives: Tensor, negatives: Tensor, rate: float) -> 
     return t0, max(float(yes.quantile(0.3)), t0 + max(least, 1e-3))
 
 
+def fit_readout(positives: Tensor, other: Readings, weight: float) -> Tensor:
+    """g, [neurons]: ridge regression of g.a on 1 at `positives` and on 0 everywhere else, float32.
+
+    Minimises mean (g.a - 1)^2 over positives + `weight` * sum over the kinds of places of mean (g.a)^2 + L2 |g|^2, in
+    units of the mean square of a neuron.  positives: [p, neurons].  Raises InputError if either is empty.
+    """
+    if not len(positives) or not len(other.x):
+        raise InputError("nothing to fit a linear gate on: it needs harmful and harmless prompts")
+    groups = [other.x[other.places == place].double() for place in other.places.unique()]
+    opened = positives.double()
+    moments = opened.T @ opened / len(opened) + weight * torch.stack([x.T @ x / len(x) for x in groups]).sum(0)
+    ridge = L2 * moments.diagonal().mean() * torch.eye(len(moments), dtype=moments.dtype)
+    return torch.linalg.solve(moments + ridge, opened.mean(0)).float()
+
+
 def fit_unit(u: Tensor, t0: float, t1: float, positives: Tensor, negatives: Readings) -> Tensor:
     """k, [d], that stands in for the constant 1 where an MLP has no biases.
 

@@ -19,14 +19,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .errors import InputError
-from .interventions import Gate, ResidualProjection, SharedProjection, SublayerProjection, TwoPass
+from .interventions import Gate, LinearGate, ResidualProjection, SharedProjection, SublayerProjection, TwoPass
 
 FORMAT = "guardfold-guard/1"
 REFERENCE = "reference"
 MAX_GUARD_BYTES = 256 * 2**20
-Intervention = SublayerProjection | SharedProjection | ResidualProjection | Gate | TwoPass
+Intervention = SublayerProjection | SharedProjection | ResidualProjection | Gate | LinearGate | TwoPass
 KINDS: dict[str, type[Intervention]] = {
-    cls.kind: cls for cls in (SublayerProjection, SharedProjection, ResidualProjection, Gate, TwoPass)
+    cls.kind: cls for cls in (SublayerProjection, SharedProjection, ResidualProjection, Gate, LinearGate, TwoPass)
 }
 
 
@@ -46,7 +46,7 @@ class Guard:
         gated = [each.layer for each in self.interventions if isinstance(each, Gate)]
         if len(set(gated)) < len(gated):
             raise InputError("two gates in one layer would take the same neurons; one gate a layer")
-        if {Gate, SharedProjection} <= kinds:
+        if SharedProjection in kinds and {Gate, LinearGate} & kinds:
             raise InputError("a shared projection would erase what a gate writes; project sublayers instead")
 
     @property

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from .errors import InputError
 from .guard import Guard
-from .interventions import Gate, ResidualProjection, SharedProjection, SublayerProjection, TwoPass
+from .interventions import Gate, LinearGate, ResidualProjection, SharedProjection, SublayerProjection, TwoPass
 from .vlm import decoder_layers, mlp_parts, output_tensor, residual_readers, sublayers, with_output_tensor
 
 TextStates = Mapping[int, Tensor]
@@ -103,6 +103,26 @@ def _gate(model: PreTrainedModel, each: Gate, _text: TextStates | None) -> Itera
     yield parts.output.register_forward_hook(_on_output(write))
 
 
+def _linear_gate(model: PreTrainedModel, each: LinearGate, _text: TextStates | None) -> Iterator[RemovableHandle]:
+    parts, opened = mlp_parts(decoder_layers(model)[each.layer]), torch.zeros(())
+    if parts.down.in_features != len(each.readout):
+        raise InputError(
+            f"{each.kind}: reads {len(each.readout)} neurons, layer {each.layer} of the model has "
+            f"{parts.down.in_features}"
+        )
+
+    def read(_module: Any, args: tuple[Tensor, ...]) -> None:
+        nonlocal opened
+        neurons = args[0].to(torch.promote_types(args[0].dtype, torch.float32))
+        opened = neurons @ each.readout.to(neurons)
+
+    def write(output: Tensor) -> Tensor:
+        return (output + opened[..., None] * each.column.to(opened)).to(output.dtype)
+
+    yield parts.down.register_forward_pre_hook(read)
+    yield parts.output.register_forward_hook(_on_output(write))
+
+
 def _two_pass(model: PreTrainedModel, each: TwoPass, text: TextStates | None) -> Iterator[RemovableHandle]:
     if text is None:
         raise InputError("the two-pass guard needs the text-only states of the batch: attached(model, guard, text=...)")
@@ -143,6 +163,7 @@ _INSTALL: dict[type, Callable[..., Iterator[RemovableHandle]]] = {
     SharedProjection: _shared,
     ResidualProjection: _residual,
     Gate: _gate,
+    LinearGate: _linear_gate,
     TwoPass: _two_pass,
 }
 

@@ -283,3 +283,42 @@ class Gate:
         return cls(
             int(header["layer"]), tensors["detector"], tensors["column"], unit=unit, recycled=recycled, **numbers
         )
+
+
+@dataclass(frozen=True)
+class LinearGate:
+    """Adds c (g.a) to what the MLP of `layer` writes: a gate without a threshold, read off the neurons a themselves.
+
+    W a + c (g.a) = (W + c g^T) a: a rank-1 update of down_proj, which a LoRA adapter holds and a merge keeps. It never
+    quite shuts; how much it says elsewhere is what is measured.  readout: g, [neurons].  column: c, [d].
+    """
+
+    kind: ClassVar[str] = "linear-gate"
+    in_weights: ClassVar[bool] = True
+    layer: int
+    readout: Tensor
+    column: Tensor
+
+    def __post_init__(self) -> None:
+        for name in ("readout", "column"):
+            object.__setattr__(self, name, check_vector(getattr(self, name), f"{self.kind}, {name}"))
+        if self.layer < 0:
+            raise InputError(f"{self.kind}: layer {self.layer} makes no sense")
+
+    @property
+    def layers(self) -> list[int]:
+        return [self.layer]
+
+    @property
+    def width(self) -> int:
+        return len(self.column)
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": self.kind, "layer": self.layer}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"readout": self.readout, "column": self.column}
+
+    @classmethod
+    def parse(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        return cls(int(header["layer"]), tensors["readout"], tensors["column"])

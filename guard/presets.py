@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from .calibration import Examples
-from .detector import Detector, fit_direction, fit_unit, least_used, thresholds
+from .detector import Detector, fit_direction, fit_readout, fit_unit, least_used, thresholds
 from .directions import Directions
 from .errors import InputError
 from .guard import Intervention
-from .interventions import NEURONS, Gate, ResidualProjection, SharedProjection, SublayerProjection
+from .interventions import NEURONS, Gate, LinearGate, ResidualProjection, SharedProjection, SublayerProjection
 
 Scope = Literal["sublayers", "shared", "residual"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
@@ -27,6 +27,12 @@ STRENGTHS = (0.25, 0.5, 1.0)
 FALSE_POSITIVE_RATES = (1e-3, 3e-3)
 GAINS = (0.5, 1.0, 2.0)
 """a: a gate writes a * gap * v_1 when it is open, gap being how far apart harmful and harmless lie along v_1."""
+
+WEIGHTS = (1.0, 4.0, 16.0)
+"""Of a linear gate: how much staying shut elsewhere counts against opening where it should."""
+
+LINEAR_GAINS = (0.25, 0.5, 1.0)
+"""Smaller ones than a gate's: what a linear gate lets through elsewhere grows with them."""
 
 GATE_LAYERS = 4
 """At most so many layers are tried for a gate, evenly spaced over the upper half."""
@@ -127,6 +133,17 @@ def gates(material: Material, rates: Sequence[float] = FALSE_POSITIVE_RATES) -> 
                     material.beta,
                 )
                 yield Candidate((gate,), {"layer": layer, "false_positive_rate": rate, "gain": gain})
+
+
+def linear_gates(fit: Mapping[int, Examples], directions: Directions) -> Iterator[Candidate]:
+    """One linear gate for every layer, weight, and gain.  fit: layer -> examples of the neurons of its MLP."""
+    for layer, found in fit.items():
+        v, gap = directions.bases[layer][0], directions.gap[layer]
+        for weight in WEIGHTS:
+            readout = fit_readout(found.positives, found.other, weight)
+            for gain in LINEAR_GAINS:
+                gate = LinearGate(layer, readout, gain * gap * v)
+                yield Candidate((gate,), {"layer": layer, "weight": weight, "gain": gain})
 
 
 def detect(u: Tensor, fit: Examples, set_on: Examples, rate: float, biases: bool) -> Detector:

@@ -146,12 +146,14 @@ PER_SEQUENCE = 24
 
 
 @contextmanager
-def _watching(vlm: VLM, layers: Sequence[int], seen: dict[int, Tensor], used: dict[int, Tensor]) -> Iterator[None]:
+def _watching(
+    vlm: VLM, layers: Sequence[int], seen: dict[int, Tensor], used: dict[int, Tensor], neurons: bool
+) -> Iterator[None]:
     handles = []
     every = decoder_layers(vlm.model)
     for layer in layers:
         parts = mlp_parts(every[layer])
-        for module, into in ((parts.gate, seen), (parts.down, used)):
+        for module, into in ((parts.down if neurons else parts.gate, seen), (parts.down, used)):
             handles.append(
                 module.register_forward_pre_hook(
                     lambda _module, args, into=into, layer=layer: into.__setitem__(layer, args[0].float())
@@ -166,9 +168,15 @@ def _watching(vlm: VLM, layers: Sequence[int], seen: dict[int, Tensor], used: di
 
 @torch.inference_mode()
 def read(
-    vlm: VLM, transcripts: Transcripts, layers: Sequence[int], what: str, usage: dict[int, Usage] | None = None
+    vlm: VLM,
+    transcripts: Transcripts,
+    layers: Sequence[int],
+    what: str,
+    usage: dict[int, Usage] | None = None,
+    neurons: bool = False,
 ) -> dict[int, Readings]:
-    """layer -> what its MLP read along the transcripts; `usage` (layer -> Usage) is added to where it is given.
+    """layer -> what its MLP read along the transcripts (with `neurons`, what its output matrix did, [positions,
+    neurons]); `usage` (layer -> Usage) is added to where it is given.
 
     All last and answer positions are kept, of text and image positions PER_SEQUENCE each per sequence, the same ones in
     every run.
@@ -178,7 +186,7 @@ def read(
     seen: dict[int, Tensor] = {}
     used: dict[int, Tensor] = {}
     image_token = vlm.model.config.image_token_id
-    with _watching(vlm, layers, seen, used):
+    with _watching(vlm, layers, seen, used, neurons):
         for page in pages(vlm, transcripts, what):
             places = page.places(image_token)
             forward(vlm.model.base_model, page.inputs, use_cache=False)

@@ -21,6 +21,7 @@ from ..guard.interventions import Gate, TwoPass
 from ..guard.states import prompt_states
 from ..guard.transcripts import answer, last_readings
 from ..guard.vlm import VLM, load
+from .adapted import Adapted, attach, inspect_adapters
 from .behaviour import Behaviour, measure
 from .divergence import Divergence
 from .equivalence import Equivalence, compare
@@ -133,7 +134,7 @@ class Evidence:
 
 def examine(
     source: Checkpoint,
-    folded: Checkpoint,
+    folded: Checkpoint | Adapted,
     family: Family,
     guard: Guard,
     fold: Fold,
@@ -146,7 +147,10 @@ def examine(
     rounding: how the weights were rounded.  judge: default, by phrases.  Raises InputError if either folder cannot be
     loaded.
     """
-    integrity = inspect_folder(source, folded, family, fold)
+    if isinstance(folded, Adapted):
+        integrity = inspect_adapters(folded)
+    else:
+        integrity = inspect_folder(source, folded, family, fold)
     if not integrity.passed:
         return Evidence(integrity, None)
     equivalence = compare(source, folded, guard, fold, rounding)
@@ -185,7 +189,7 @@ def with_graphs(
 def _with_behaviour(
     evidence: Evidence,
     source: Checkpoint,
-    folded: Checkpoint | None,
+    folded: Checkpoint | Adapted | None,
     guard: Guard,
     probes: Probes,
     judge: Judge | None,
@@ -200,7 +204,7 @@ def _with_behaviour(
         guarded = measure(vlm, probes, rules, "guarded", guard)
     else:
         del vlm  # one model at a time
-        guarded = measure(load(folded.folder), probes, rules, "guarded")
+        guarded = measure(_load(folded), probes, rules, "guarded")
     return replace(
         evidence,
         original=original,
@@ -211,6 +215,13 @@ def _with_behaviour(
         samples=tuple(_samples(probes, original, guarded)),
         outcomes={"probes": asked(probes), "judge": rules.name, "original": record(original)},
     )
+
+
+def _load(folded: Checkpoint | Adapted) -> VLM:
+    if not isinstance(folded, Adapted):
+        return load(folded.folder)
+    vlm = load(folded.source.folder)
+    return replace(vlm, model=attach(vlm.model, folded.place).get_base_model())
 
 
 def _samples(probes: Probes, original: Behaviour, guarded: Behaviour) -> Iterator[Sample]:

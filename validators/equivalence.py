@@ -8,6 +8,7 @@ entry in the file is that fold's to the last place (written.py).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -23,6 +24,7 @@ from ..guard.guard import Guard
 from ..guard.hooks import attached
 from ..guard.progress import bar
 from ..guard.states import forward
+from .adapted import Adapted
 from .batches import comparison_batches
 from .leaks import activation_tolerance, leak_probe, tensor_leaks, tensor_tolerance
 from .streaming import streamed
@@ -121,7 +123,7 @@ def _agreement(a: Sequence[Any], b: Sequence[Any]) -> float | None:
 
 
 def compare(
-    source: Checkpoint, folded: Checkpoint, guard: Guard, fold: Fold, rounding: Rounding = "repair"
+    source: Checkpoint, folded: Checkpoint | Adapted, guard: Guard, fold: Fold, rounding: Rounding = "repair"
 ) -> Equivalence:
     """`folded` against `source` with `guard` attached. `fold` says which tensors were edited and how.
 
@@ -137,7 +139,7 @@ def compare(
 
 @torch.inference_mode()
 def _compare(
-    source: Checkpoint, folded: Checkpoint, guard: Guard, fold: Fold, rounding: Rounding, dtype: torch.dtype
+    source: Checkpoint, folded: Checkpoint | Adapted, guard: Guard, fold: Fold, rounding: Rounding, dtype: torch.dtype
 ) -> Equivalence:
     dtypes = {name: folded.info(name).dtype for name in fold.edits}
     rounded = any(DTYPES[each].itemsize < dtype.itemsize for each in dtypes.values())
@@ -153,16 +155,16 @@ def _compare(
             with attached(model, guard):
                 hooked, hooked_tokens = _logits(model, batches), _greedy(model, generated)
         progress.advance(task)
-        with streamed(folded, dtype=dtype) as model, leak_probe(model, guard) as leaks:
+        with _running(folded, dtype) as model, leak_probe(model, guard) as leaks:
             got, tokens = _logits(model, batches), _greedy(model, generated)
         progress.advance(task)
         exact_logits = got
         scale = max(float(each.abs().max()) for each in original.values())
-        if rounded:
+        if rounded or fold.left_out:
             with streamed(source, fold, folded.folder, dtype) as model:
                 exact_logits = _logits(model, batches)
             progress.advance(task)
-    off = places_off(source, folded, fold)
+    off = {} if isinstance(folded, Adapted) else places_off(source, folded, fold)
     misplaced = max(off, key=lambda name: off[name], default=None)
     per_tensor = tensor_leaks(source, folded, fold.edits)
     limits = {name: tensor_tolerance(folded.info(name), fold.edits[name], rounding) for name in per_tensor}
@@ -181,7 +183,7 @@ def _compare(
         argmax=_agreement(*choices) or 0.0,
         greedy=_agreement(tokens, hooked_tokens),
         greedy_tokens=len(tokens),
-        activation_leak=leaks.worst if leaks.at else None,
+        activation_leak=leaks.worst if leaks.at and not fold.left_out else None,
         activation_tolerance=activation_tolerance(list(dtypes.values())),
         worst_activation=max(leaks.at, key=lambda place: leaks.at[place]) if leaks.at else None,
         tensor_leak=per_tensor[worst_tensor] if worst_tensor else None,
@@ -190,7 +192,11 @@ def _compare(
         rounding=rounding,
         failures=(),
     )
-    return replace(result, failures=tuple(_failures(result)))
+    return replace(result, failures=tuple(_failures(result, fold)))
+
+
+def _running(folded: Checkpoint | Adapted, dtype: torch.dtype) -> AbstractContextManager[PreTrainedModel]:
+    return folded.running(dtype) if isinstance(folded, Adapted) else streamed(folded, dtype=dtype)
 
 
 def _in(dtype: torch.dtype, batch: BatchFeature) -> BatchFeature:
@@ -207,10 +213,15 @@ def _distance(a: Logits, b: Logits, scale: float) -> float:
     return max(float((logits - b[name]).abs().max()) for name, logits in a.items()) / scale
 
 
-def _failures(result: Equivalence) -> list[str]:
-    """What is not as it must be, a line each; empty when the fold equals its hooks."""
+def _failures(result: Equivalence, fold: Fold) -> list[str]:
+    """What is not as it must be, a line each; empty when the fold equals its hooks, or, where it holds a part of the
+    guard, that part of the fold.
+    """
     failures = []
-    if result.approximate:
+    if fold.left_out:
+        if not result.folded <= TOLERANCE:
+            failures.append(f"the adapter and what it holds of the guard differ by {result.folded:.1e}")
+    elif result.approximate:
         if not result.exact <= APPROXIMATE_LIMIT * result.edit:
             failures.append(
                 f"an approximate fold, {result.exact:.1e} from its hooks, which change {result.edit:.1e}: not close "

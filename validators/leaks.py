@@ -11,22 +11,29 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..export.checkpoint import DTYPES, Checkpoint, TensorInfo
-from ..export.edits import Edit, ProjectColumns, Projecting, ProjectRows, SetColumns, row_blocks, written_along
+from ..export.edits import AddLowRank, Edit, Projecting, ProjectRows, SetColumns, row_blocks, taken, written_along
 from ..export.rounding import REPAIRED, Rounding
 from ..guard.guard import Guard
-from ..guard.interventions import Gate, SharedProjection, SublayerProjection
+from ..guard.interventions import Gate, LinearGate, SharedProjection, SublayerProjection
 from ..guard.progress import track
 from ..guard.vlm import MLP_NAMES, decoder_layers, final_norm, output_tensor, sublayers
 
 EXACT_TOLERANCE = 1e-5
 """What float32 arithmetic may leave along V, relative to the states: measured 2e-8 to 4e-7."""
+
+
+class Rows(Protocol):
+    """What gives rows of tensors by name: a checkpoint, or what a checkpoint and its adapters come to."""
+
+    def read(self, name: str, first: int, last: int) -> Tensor:
+        """Rows first:last of tensor `name`."""
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
@@ -70,7 +77,7 @@ def leak_probe(model: PreTrainedModel, guard: Guard) -> Iterator[Leaks]:
 
     try:
         layers = decoder_layers(model)
-        gated = {each.layer for each in guard.interventions if isinstance(each, Gate)}
+        gated = {each.layer for each in guard.interventions if isinstance(each, Gate | LinearGate)}
         for each in guard.interventions:
             if isinstance(each, SharedProjection) and each.strength == 1:
                 for number, layer in enumerate(layers):
@@ -96,12 +103,12 @@ def activation_tolerance(dtypes: Sequence[str]) -> float:
     return max([EXACT_TOLERANCE, *(unit_roundoff(DTYPES[each]) for each in dtypes)])
 
 
-def tensor_leak(source: Checkpoint, folded: Checkpoint, name: str, edits: Sequence[Edit], edit: Projecting) -> float:
+def tensor_leak(source: Checkpoint, folded: Rows, name: str, edits: Sequence[Edit], edit: Projecting) -> float:
     """What `edit`, one of `edits`, left of V in tensor `name` beyond the (1 - strength) it should, relative to before.
 
     |V W' - (1 - strength) V W| / max(|V W|, sqrt(m / d) |W|): 1 if nothing was projected, about the unit roundoff
-    otherwise; the second term is the share that a random direction would have.  Columns that another edit replaces are
-    left out.  Reads both files in blocks of rows.
+    otherwise; the second term is the share that a random direction would have.  Columns that another edit replaces, and
+    what another adds, are left out.  Reads both files in blocks of rows.
     """
     rank, width = edit.basis.shape
     replaced = {column for other in edits if isinstance(other, SetColumns) for column in other.columns}
@@ -110,8 +117,10 @@ def tensor_leak(source: Checkpoint, folded: Checkpoint, name: str, edits: Sequen
     kept, old, squares = [], [], 0.0
     for first, last in row_blocks(had):
         before, after = (each.read(name, first, last)[..., columns].double() for each in (source, folded))
-        kept.append(_along(edit, after - (1 - edit.strength) * before, first))
-        old.append(_along(edit, before, first))
+        for added in (other for other in edits if isinstance(other, AddLowRank)):
+            after = AddLowRank(-added.left, added.right).apply(after, first)
+        kept.append(taken(edit, after - (1 - edit.strength) * before, first))
+        old.append(taken(edit, before, first))
         squares += float(before.square().sum())
     scale = max(_size(edit, old), (rank / width * squares) ** 0.5)
     return _size(edit, kept) / scale if scale else 0.0
@@ -123,14 +132,7 @@ def _size(edit: Projecting, parts: list[Tensor]) -> float:
     return float(whole.norm())
 
 
-def _along(edit: Projecting, block: Tensor, first: int) -> Tensor:
-    reading = edit.reading.double()
-    if isinstance(edit, ProjectRows):
-        return torch.tensordot(reading[:, first : first + len(block)], block, 1)
-    return block @ reading.T if isinstance(edit, ProjectColumns) else reading @ block
-
-
-def tensor_leaks(source: Checkpoint, folded: Checkpoint, edits: Mapping[str, Sequence[Edit]]) -> dict[str, float]:
+def tensor_leaks(source: Checkpoint, folded: Rows, edits: Mapping[str, Sequence[Edit]]) -> dict[str, float]:
     """tensor -> tensor_leak, for every projected tensor."""
     return {
         name: max(tensor_leak(source, folded, name, edits_of, edit) for edit in projections)

@@ -6,7 +6,7 @@ The evaluation's probes are not among what is seen here.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -22,7 +22,7 @@ from ..guard.errors import Refused
 from ..guard.guard import Guard
 from ..guard.hooks import attached, ramp
 from ..guard.images import ImageKind
-from ..guard.interventions import Gate
+from ..guard.interventions import Gate, LinearGate
 from ..guard.presets import Candidate
 from ..guard.progress import track
 from ..guard.prompts import Prompt, encode, illustrated
@@ -191,12 +191,7 @@ def scrutinise(vlm: VLM, gate: Gate, held_out: Examples) -> dict[str, Any]:
     everything = torch.cat([held_out.positives, held_out.other.x])
     negatives = held_out.other.x @ gate.detector
     scores: dict[str, float] = {kind: auc(x @ gate.detector, negatives) for kind, x in held_out.harmful.items()}
-    low = min((score, kind) for kind, score in scores.items() if kind != "text")
-    if low[0] < MIN_AUC:
-        raise Refused(
-            f"the detector tells harmful prompts with a {low[1]} picture apart with an AUC of {low[0]:.2f} only "
-            f"(at least {MIN_AUC}); more or better anchors are needed, nothing was written"
-        )
+    _check_auc(scores)
     parts = mlp_parts(vlm.layers[gate.layer])
     ideal = ramp(everything, replace(gate, beta=math.inf), parts.act, parts.gated)
     return {
@@ -208,6 +203,29 @@ def scrutinise(vlm: VLM, gate: Gate, held_out: Examples) -> dict[str, Any]:
             for beta in sorted({64.0, 256.0, 1024.0, gate.beta})
         },
     }
+
+
+def scrutinise_linear(gate: LinearGate, held_out: Examples) -> dict[str, Any]:
+    """The linear gate on neurons that it was neither fitted to nor chosen on: AUC, and mean and standard deviation of
+    g.a, per image kind and everywhere else.
+
+    Raises Refused if the AUC under pictures is below MIN_AUC.
+    """
+    elsewhere = held_out.other.x @ gate.readout
+    opened: dict[str, Tensor] = {kind: x @ gate.readout for kind, x in held_out.harmful.items()}
+    scores: dict[str, float] = {kind: auc(each, elsewhere) for kind, each in opened.items()}
+    _check_auc(scores)
+    spread: dict[str, Tensor] = {**opened, "everything else": elsewhere}
+    return {"auc": scores, "opens": {name: [float(each.mean()), float(each.std())] for name, each in spread.items()}}
+
+
+def _check_auc(scores: Mapping[str, float]) -> None:
+    low = min((score, kind) for kind, score in scores.items() if kind != "text")
+    if low[0] < MIN_AUC:
+        raise Refused(
+            f"the detector tells harmful prompts with a {low[1]} picture apart with an AUC of {low[0]:.2f} only "
+            f"(at least {MIN_AUC}); more or better anchors are needed, nothing was written"
+        )
 
 
 def sample_scores(gate: Gate, held_out: Examples, count: int = 200) -> dict[str, list[float]]:
