@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import inspect
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -142,7 +143,8 @@ def encode(vlm: VLM, prompts: Sequence[Prompt]) -> BatchFeature:
     """Model inputs for `prompts` in the model's chat template, up to where its answer begins; on the model's device.
 
     input_ids, attention_mask: [batch, positions], padded on the left, so that position -1 is the last prompt token of
-    every row.  pixel_values where there are images, in the model's dtype.  All or none of `prompts` have an image.
+    every row.  pixel_values where there are images, in the model's dtype, and whatever else its class takes.  All or
+    none of `prompts` have an image.
     """
     conversations: Any = [_conversation(prompt) for prompt in prompts]
     batch: Any = vlm.processor.apply_chat_template(
@@ -152,7 +154,8 @@ def encode(vlm: VLM, prompts: Sequence[Prompt]) -> BatchFeature:
         return_dict=True,
         processor_kwargs={"padding": True, "return_tensors": "pt"},
     )
-    batch.pop("token_type_ids", None)
+    if "token_type_ids" not in inspect.signature(vlm.model.forward).parameters:
+        batch.pop("token_type_ids", None)
     return batch.to(vlm.device, dtype=vlm.model.dtype)
 
 

@@ -16,7 +16,7 @@ from .images import ImageKind
 from .progress import batched
 from .prompts import Prompt, encode, illustrated
 from .states import forward
-from .vlm import VLM, decoder_layers, mlp_parts
+from .vlm import VLM, decoder_layers, image_token_of, mlp_parts
 
 
 class Place(IntEnum):
@@ -54,9 +54,9 @@ def answer(
     answers: list[tuple[int, ...]] = []
     for batch in batched(prompts, vlm.batch_size, what):
         inputs = encode(vlm, illustrated(batch, kind))
-        made = model.generate(
-            **inputs, do_sample=False, max_new_tokens=tokens, suppress_tokens=[model.config.image_token_id]
-        )[:, inputs["input_ids"].shape[1] :]
+        made = model.generate(**inputs, do_sample=False, max_new_tokens=tokens, suppress_tokens=_never_said(model))[
+            :, inputs["input_ids"].shape[1] :
+        ]
         answers += [tuple(_until_end(vlm, row)) for row in made.tolist()]
     return Transcripts(tuple(prompts), tuple(answers), kind)
 
@@ -67,6 +67,12 @@ def _until_end(vlm: VLM, row: Sequence[int]) -> Iterator[int]:
         yield token
         if token == ends or (isinstance(ends, list) and token in ends):
             return
+
+
+def _never_said(model: Any) -> list[int] | None:
+    """The word that stands for an image feature, which is no word of an answer."""
+    token = image_token_of(model.config)
+    return None if token < 0 else [token]
 
 
 @dataclass(frozen=True)
@@ -88,16 +94,18 @@ class Page:
 
 def pages(vlm: VLM, transcripts: Transcripts, what: str) -> Iterator[Page]:
     """The transcripts in batches, under a progress bar named `what`."""
-    pad, image_token = vlm.processor.tokenizer.pad_token_id, vlm.model.config.image_token_id
+    pad, image_token = vlm.processor.tokenizer.pad_token_id, image_token_of(vlm.model.config)
     for rows in batched(range(len(transcripts)), vlm.batch_size, what):
         batch = encode(vlm, illustrated([transcripts.prompts[row] for row in rows], transcripts.kind))
         answers = [torch.tensor(transcripts.answers[row], dtype=torch.long) for row in rows]
         answers = [each.masked_fill(each == image_token, pad) for each in answers]  # a picture's place needs a picture
         tail = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=pad).to(vlm.device)
         held = torch.nn.utils.rnn.pad_sequence([torch.ones_like(a) for a in answers], batch_first=True).to(vlm.device)
-        start = batch["input_ids"].shape[1]
-        batch["input_ids"] = torch.cat([batch["input_ids"], tail], dim=1)
-        batch["attention_mask"] = torch.cat([batch["attention_mask"], held], dim=1)
+        start, size = batch["input_ids"].shape[1], batch["input_ids"].shape
+        kinds = {name: each for name, each in batch.items() if name.endswith("token_type_ids") and each.shape == size}
+        text = {name: torch.zeros_like(tail, dtype=each.dtype) for name, each in kinds.items()}
+        for name, more in {"input_ids": tail, "attention_mask": held, **text}.items():
+            batch[name] = torch.cat([batch[name], more], dim=1)
         yield Page(batch, start)
 
 
@@ -185,7 +193,7 @@ def read(
     parts: dict[int, list[Readings]] = {layer: [] for layer in layers}
     seen: dict[int, Tensor] = {}
     used: dict[int, Tensor] = {}
-    image_token = vlm.model.config.image_token_id
+    image_token = image_token_of(vlm.model.config)
     with _watching(vlm, layers, seen, used, neurons):
         for page in pages(vlm, transcripts, what):
             places = page.places(image_token)

@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoProcessor,
+    PretrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
@@ -90,6 +91,9 @@ ACTIVATION_NAMES = ("act_fn", "activation_fn")
 FINAL_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "embedding_norm", "ln_f", "norm_f", "layer_norm")
 EXTRA_LAYER_LISTS = ("gated_cross_attn_layers",)
 """Blocks between the decoder layers that read the residual stream and write to it."""
+
+IMAGE_TOKENS = ("image_token_id", "image_token_index", "media_placeholder_token_id")
+"""What configs call the word that stands for an image feature."""
 
 SMALL_BYTES = 64 * 2**20
 MAX_CONFIG_BYTES = 16 * 2**20
@@ -392,6 +396,11 @@ def _readers(layer: nn.Module) -> list[nn.Module]:
     if before and not any(name.startswith("pre_") for name in norms) and "post_attention_layernorm" in norms:
         before.append(norms["post_attention_layernorm"])
     return before or list(sublayers(layer).values())
+
+
+def image_token_of(config: PretrainedConfig) -> int:
+    """The word that stands for an image feature; -1 if the config names none."""
+    return next((value for name in IMAGE_TOKENS if isinstance(value := getattr(config, name, None), int)), -1)
 
 
 def output_tensor(output: Tensor | tuple[Any, ...]) -> Tensor:

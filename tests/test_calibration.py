@@ -11,8 +11,10 @@ import reference
 import torch
 from gates import speaking
 from PIL import Image
+from transformers import BatchFeature
 from zoo import WORDS
 
+from guardfold.guard import transcripts as transcripts_module
 from guardfold.guard.calibration import (
     ANCHOR_KINDS,
     BUILT_IN_BENIGN,
@@ -26,10 +28,10 @@ from guardfold.guard.calibration import (
 )
 from guardfold.guard.errors import InputError
 from guardfold.guard.images import ImageKind
-from guardfold.guard.prompts import Anchors, Prompt, load_anchors
+from guardfold.guard.prompts import Anchors, Prompt, encode, load_anchors
 from guardfold.guard.transcripts import Page, Place, Transcripts, Usage, answer, answer_logits, last_readings, pages
 from guardfold.guard.transcripts import read as read_transcripts
-from guardfold.guard.vlm import VLM, mlp_parts
+from guardfold.guard.vlm import VLM, image_token_of, mlp_parts
 
 IMAGE_TOKENS = 9
 PICTURE = Image.new("RGB", (24, 24), "red")
@@ -200,6 +202,25 @@ def test_readings_are_what_the_mlp_read_at_every_place(speaker: VLM) -> None:
     assert len(rest.x) == len(got.x) - len(ASKED)
     assert not len(rest.at(Place.LAST))
     assert torch.allclose(last_readings(speaker, ASKED, "shape", 2, "last"), got.at(Place.LAST), atol=1e-5)
+
+
+def test_what_marks_the_kind_of_each_token_goes_on_as_text_over_the_answer(
+    speaker: VLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Qwen's mm_token_type_ids, Gemma's token_type_ids: where they mark pictures, an answer is none."""
+    transcripts, plain = held(speaker, "shape", tokens=3)
+
+    def marked(vlm: VLM, prompts: Any) -> Any:
+        batch = encode(vlm, prompts)
+        kinds = (batch["input_ids"] == image_token_of(vlm.model.config)).int()
+        return BatchFeature({**batch, "mm_token_type_ids": kinds})
+
+    monkeypatch.setattr(transcripts_module, "encode", marked)
+    (page,) = pages(speaker, transcripts, "page")
+    found = page.inputs["mm_token_type_ids"]
+    assert found.shape == page.inputs["input_ids"].shape and page.start == plain.start
+    assert found[:, : page.start].any() and not found[:, page.start :].any()
+    assert torch.equal(page.inputs["input_ids"], plain.inputs["input_ids"])
 
 
 def test_reading_in_smaller_batches_finds_the_same_last_tokens(speaker: VLM, monkeypatch: pytest.MonkeyPatch) -> None:

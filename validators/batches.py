@@ -8,16 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import BatchFeature, PretrainedConfig, PreTrainedModel
+from transformers import BatchFeature, PreTrainedModel
 
 from ..guard.errors import InputError
 from ..guard.prompts import Prompt, encode, illustrated
-from ..guard.vlm import VLM, load_processor
+from ..guard.vlm import VLM, image_token_of, load_processor
 
 TEXTS = ("How to bake bread at home?", "How do people usually travel to work, and why do some of them prefer to walk?")
 SYNTHETIC_TOKENS = 24
-IMAGE_TOKENS = ("image_token_id", "image_token_index", "media_placeholder_token_id")
-"""What configs call the word that stands for an image feature."""
 
 
 def comparison_batches(model: PreTrainedModel, folder: Path) -> dict[str, BatchFeature]:
@@ -53,7 +51,7 @@ def _drawn(model: PreTrainedModel) -> dict[str, BatchFeature]:
     picture = _picture(model, draw)
     if picture is not None:
         pixels, features = picture
-        token = _image_token(config)
+        token = image_token_of(config)
         image = torch.full((1, features), token)
         sequence = torch.cat([tokens(4), image, tokens(8)], dim=1)
         text = {"input_ids": sequence, "attention_mask": torch.ones_like(sequence)}
@@ -72,11 +70,6 @@ def _runs(model: PreTrainedModel, batch: BatchFeature) -> bool:
     return True
 
 
-def _image_token(config: PretrainedConfig) -> int:
-    """The word that stands for an image feature; -1 if the config names none."""
-    return next((value for name in IMAGE_TOKENS if isinstance(value := getattr(config, name, None), int)), -1)
-
-
 def _picture(model: Any, draw: torch.Generator) -> tuple[dict[str, Tensor], int] | None:
     """(keyword arguments that show `model` one random picture, the number of features it becomes), in the first of the
     usual forms that its vision tower takes; None if it takes none of them.
@@ -84,7 +77,7 @@ def _picture(model: Any, draw: torch.Generator) -> tuple[dict[str, Tensor], int]
     vision = getattr(model.config, "vision_config", None)
     sizes = (getattr(vision, name, None) for name in ("image_size", "patch_size"))
     side, patch = (size[0] if isinstance(size, list | tuple) else size for size in sizes)
-    if _image_token(model.config) < 0 or not hasattr(model, "get_image_features"):
+    if image_token_of(model.config) < 0 or not hasattr(model, "get_image_features"):
         return None
     forms: list[dict[str, Tensor]] = []
     if isinstance(side, int):
