@@ -309,7 +309,7 @@ from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained("{source}"), "PATH")
-processor = AutoProcessor.from_pretrained("PATH")
+processor = AutoProcessor.from_pretrained("{source}")
 ```"""
 
 _LIMITS = """\

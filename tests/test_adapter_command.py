@@ -50,7 +50,9 @@ def test_an_export_is_an_adapter_equal_to_its_hooks(
     assert set(manifest["files"]) == names - {"guardfold.json"}
     figures = manifest["figures"]["equivalence"]
     assert figures["passed"] and figures["folded"] <= 1e-5 < figures["edit"] and figures["greedy"] == 1
-    assert "PeftModel.from_pretrained" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "PeftModel.from_pretrained" in card and f'AutoProcessor.from_pretrained("{model.name}")' in card
+    assert not (out / "tokenizer.json").exists()
     vlm = load(model, "cpu", torch.float32)
     with_adapter = adapted(loaded(model), out)
     for batch in batches(vlm.processor).values():
