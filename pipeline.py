@@ -566,9 +566,9 @@ def check_guarded(
 
     Raises InputError if either cannot be loaded or `folder` brings no guard file.
     """
-    guard = Guard.load(folder / GUARD_FILE)
+    base, guard = resolve(against), Guard.load(folder / GUARD_FILE)
     rounding = written_rounding(folder)
-    with _base(*resolve(against), adapter, folder.parent, family_file) as (_, origin), threads_for(origin):
+    with _base(*base, adapter, folder.parent, family_file) as (_, origin), threads_for(origin):
         checkpoint = Checkpoint.open(origin)
         family = family_of(checkpoint, family_file)
         edits = fold(guard, family, checkpoint.shapes, checkpoint.read)
