@@ -155,7 +155,7 @@ def test_clients_find_what_they_look_for(both: Export) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--format", "gguf"), "--format 'gguf': one or both of safetensors,onnx"),
+        (("--format", "gguf"), "--format 'gguf': one of safetensors, onnx, lora"),
         (("--format", "onnx", "--onnx-dtype", "int3"), "--onnx-dtype 'int3': one of fp32"),
         (("--format", "onnx", "--onnx-weights", "linked"), "--onnx-weights linked: one of copy, shared"),
         (("--format", "onnx", "--onnx-weights", "shared"), "use --format safetensors,onnx"),

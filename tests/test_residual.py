@@ -70,7 +70,10 @@ def test_it_survives_its_file(tmp_path: Path) -> None:
     assert loaded.describe() == guard.describe()
     (each,) = loaded.interventions
     assert isinstance(each, ResidualProjection)
-    assert all(torch.equal(each.bases[layer], basis) for layer, basis in BASES.items())
+    (kept,) = guard.interventions
+    assert isinstance(kept, ResidualProjection)
+    assert all(torch.equal(each.bases[layer], kept.bases[layer]) for layer in BASES)
+    assert all(torch.allclose(kept.bases[layer].float(), basis) for layer, basis in BASES.items())
     assert not loaded.in_weights
 
 
