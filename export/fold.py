@@ -143,10 +143,11 @@ def _edits(
 
 
 def _project(writer: Writer, shape: Shape, basis: Tensor, strength: float, gain: Tensor | None = None) -> Edit:
-    kinds = {0: ProjectRows, len(shape) - 1: ProjectColumns} | ({1: ProjectSlices} if len(shape) == 3 else {})
+    slices: dict[int, type[Projecting]] = {1: ProjectSlices} if len(shape) == 3 else {}
+    kinds = slices | {len(shape) - 1: ProjectColumns} | {0: ProjectRows}
     if writer.axis not in kinds:
         raise InputError(f"{writer.disk}: cannot fold along axis {writer.axis} of {list(shape)}")
-    return (ProjectRows if writer.axis == 0 else kinds[writer.axis])(basis, strength, gain)
+    return kinds[writer.axis](basis, strength, gain)
 
 
 def _gain(norm: PostNorm, read: Read | None) -> Tensor:

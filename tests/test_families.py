@@ -23,7 +23,8 @@ from guardfold.export.checkpoint import Checkpoint
 from guardfold.export.fold import Fold, fold
 from guardfold.export.names import Layout
 from guardfold.export.rewrite import rewrite
-from guardfold.export.tracer import as_toml, family_rows, trace
+from guardfold.export.traced_rows import as_toml, family_rows
+from guardfold.export.tracer import trace
 from guardfold.export.writers import Family, Table, family_of
 from guardfold.guard.errors import InputError
 from guardfold.guard.guard import Guard, Intervention
