@@ -69,6 +69,18 @@ def test_a_guard_survives_its_file(saved: Path) -> None:
     assert loaded.to_bytes() == saved.read_bytes()
 
 
+def test_a_float32_basis_becomes_orthonormal_to_the_last_place_and_stays_so(tmp_path: Path) -> None:
+    given = random_basis(3, WIDTH, 4).float()
+    gram = given.double() @ given.double().T
+    assert (gram - torch.eye(3)).abs().max() > 1e-9, "nothing to mend"
+    guard = Guard((SharedProjection(given),))
+    guard.save(tmp_path / "guard.safetensors")
+    for (each,) in (guard.interventions, Guard.load(tmp_path / "guard.safetensors").interventions):
+        assert isinstance(each, SharedProjection)
+        assert (each.basis @ each.basis.T - torch.eye(3)).abs().max() <= 1e-14
+        assert torch.allclose(each.basis.float(), given, atol=1e-6)
+
+
 def test_the_hash_depends_on_content_alone() -> None:
     again = Guard(GUARD.interventions, dict(reversed(list(GUARD.provenance.items()))))
     assert again.hash == GUARD.hash
