@@ -71,16 +71,22 @@ class ProjectRows(_Projection):
 
     two_pass = True
     component: Tensor | None = None
-    """V W (V D W under a post-norm), summed up over the blocks seen so far, [m, ...]."""
+    """V W (V D W under a post-norm), summed up over the blocks seen so far, [m, columns]."""
 
     def observe(self, block: Tensor, first: int) -> None:
-        part = torch.tensordot(self.reading[:, first : first + len(block)].to(block), block, 1)
-        self.component = part if self.component is None else self.component + part
+        part = self.reading[:, first : first + len(block)].to(block) @ _as_matrix(block)
+        self.component = part if self.component is None else self.component.add_(part)
 
     def apply(self, block: Tensor, first: int) -> Tensor:
         assert self.component is not None, "apply before observe"
         rows = self.writing[:, first : first + len(block)].to(block)
-        return block - self.strength * torch.tensordot(rows.T, self.component, 1)
+        less = torch.addmm(_as_matrix(block), rows.T, self.component, alpha=-self.strength)
+        return less.reshape(block.shape)
+
+
+def _as_matrix(block: Tensor) -> Tensor:
+    """Rows of a tensor of any shape as [rows, columns]; those of a vector have one column."""
+    return block.unsqueeze(-1).flatten(1)
 
 
 @dataclass
@@ -95,7 +101,9 @@ class ProjectColumns(_Projection):
         """Nothing: each row is projected on its own."""
 
     def apply(self, block: Tensor, first: int) -> Tensor:
-        return block - self.strength * (block @ self.reading.to(block).T) @ self.writing.to(block)
+        flat = block.flatten(0, -2)
+        component = flat @ self.reading.to(block).T
+        return torch.addmm(flat, component, self.writing.to(block), alpha=-self.strength).reshape(block.shape)
 
 
 @dataclass

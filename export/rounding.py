@@ -2,19 +2,22 @@
 
 Weights lie on the grid of their dtype, so a correction below half a step is dropped by rounding to nearest: in bfloat16
 it leaves about 1 % of the removed component, a quarter of it where the component is weak. `repaired` rounds to nearest
-and then moves a few entries by one step, so that what the tensor writes along V is what the exact fold writes:
+but for a few of the d rows, which make up for what rounding all of them puts back along V:
 
-1. R = V (W' - W), [m, n]: what rounding W [d, n] to W' put back along V.
-2. Candidates are CANDIDATES of the d rows: half of them those with the largest |v_i|, which remove R fast; the others
-   evenly spaced down to the smallest, which remove what is left ever more finely. Largest first, each of them once:
-   s = clamp(round((t + p e) / (1 + p)), -1, 1),  W'_i -= s step,  R -= v_i s step,  with t = v_i . R / (|v_i|^2 step),
-   the steps that would remove R, and e = (W'_i - W_i) / step, the step that would remove the rounding error.
-3. p, the price of weight error, falls from PRICE to 0: at first only entries that rounding put nearly half a step off
-   move, and only back over the exact value, which hardly adds to the error; at last, whatever removes R.
+1. Those are the CANDIDATES rows with the largest |v_i|. The others leave R = V (W' - W), [m, n], a sum over them.
+2. Of all roundings of the candidates that bring R to nothing, the one nearest to W minimises |W' - W|^2 + 2 p . R, p
+   [m, n] being the multipliers, and that can be done entry by entry: W'_i = round(W_i - v_i . p). Each round of p +=
+   (V V^T)^-1 R, V of the candidates, comes closer; no entry is shifted by more than a step.
+3. What is left is less than one entry's step times its v_i. Some of the candidates, from the largest |v_i| to the
+   smallest, take it away ever more finely, one after the other: s = clamp(round((t + p e) / (1 + p)), -1, 1),
+   W'_i -= s step, R -= v_i s step, with t = v_i . R / (|v_i|^2 step), the steps that would remove R, and
+   e = (W'_i - W_i) / step, those that would remove the error. Its price p falls from PRICE to 0: at first only entries
+   that are nearly half a step off move, and only back over the exact value; at last, whatever removes R.
 
 How well that can do depends on d: a column of d entries has only so many roundings. From d = 256 m on, the residual is
 below 1e-5 of the component and the error of the weights within 5 % of round-to-nearest's, if the component is no weaker
 than that of a random direction; tests/test_rounding.py has the figures for narrower tensors and weaker components.
+Source of the second step: Lagrangian relaxation of a separable problem (Everett 1963).
 """
 
 from __future__ import annotations
@@ -34,23 +37,27 @@ REPAIRED = {"F16": torch.float16, "BF16": torch.bfloat16}
 """The dtypes that are repaired, by their safetensors names; wider ones lose nothing worth it."""
 
 CANDIDATES = 512
-PRICE = 8.0
-"""Of CANDIDATES candidates; of fewer it is less, as the root of their number: so many steps removing R takes."""
 
-PRICED = 0.3
-"""Share of the candidates that pay a price."""
+ROUNDS = 2
+"""Of multipliers; a third hardly improves on the second, for the last step finishes what is left."""
 
-COLUMNS = 4096
-"""Columns repaired together: enough to amortise the calls for each candidate, few enough to stay in the cache."""
+FINISHING, FINISHING_A_RANK = 256, 64
+"""Candidates that the last step uses: so many, and so many for each direction if that is more."""
+
+PRICE, PRICED = 2.0, 0.3
+"""What the error costs at first, and the share of those candidates to which it costs anything."""
+
+COLUMNS = 1024
+"""Columns whose multipliers are found together: with their candidates, they stay in the cache."""
+
+FINISHED = 16384
+"""Columns that the last step takes together: enough to amortise the calls for each candidate."""
 
 TOGETHER = 32
 """Candidates whose steps are computed together."""
 
-SLICE_COLUMNS = 2048
-"""The same where whole slices are held until they are repaired, as in an embedding: [2048, 4096] are 16 MB."""
-
-ERRORS = torch.bfloat16
-"""Rounding errors are kept in this dtype: three digits are enough to tell cheap moves from dear ones."""
+SLICE_COLUMNS = 4096
+"""Columns held until they are repaired, of embeddings and experts: [4096, 4096] in two bytes each are 32 MB."""
 
 NO_DIRECTION = 1e-12
 """Candidates with a smaller |v_i|^2 remove nothing; dividing by it would overflow."""
@@ -79,86 +86,110 @@ def repaired(folded: Folded, dtype: torch.dtype, basis: Tensor, axis: int) -> It
 
 
 def candidates(basis: Tensor) -> Tensor:
-    """Which of the d rows are repaired, in their order: all of them if d <= CANDIDATES."""
-    order = basis.norm(dim=0).argsort(descending=True)
-    if len(order) > CANDIDATES:
-        large, others = order[: CANDIDATES // 2], order[CANDIDATES // 2 :]
-        order = torch.cat([large, others[torch.linspace(0, len(others) - 1, CANDIDATES - len(large)).long()]])
-    return order.sort().values
+    """Which of the d rows make up for the others, in their order: all of them if d <= CANDIDATES."""
+    return basis.norm(dim=0).argsort(descending=True)[:CANDIDATES].sort().values
+
+
+def _others(basis: Tensor, chosen: Tensor) -> Tensor:
+    """V without the candidates."""
+    return basis.index_fill(1, chosen, 0)
 
 
 def _by_rows(folded: Folded, dtype: torch.dtype, basis: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Along the first axis R is known after the last row: candidates are held back until then."""
     columns = torch.Size(folded.shape[1:]).numel()
     chosen = candidates(basis)
-    held, errors = torch.empty(len(chosen), columns, dtype=dtype), torch.empty(len(chosen), columns, dtype=ERRORS)
-    residual = torch.zeros(len(basis), columns)
+    others = _others(basis, chosen)
+    held, residual = torch.empty(len(chosen), columns), torch.zeros(len(basis), columns)
     for first, last in row_blocks(folded.shape):
-        exact = folded.rows(first, last)
-        rounded = torch.empty(exact.shape, dtype=dtype)
-        error = _round(exact, rounded).reshape(last - first, columns)
-        residual.addmm_(basis[:, first:last], error)
+        exact = folded.rows(first, last).reshape(last - first, columns)
         place, end = torch.searchsorted(chosen, torch.tensor([first, last])).tolist()
         rows = chosen[place:end] - first
-        torch.index_select(rounded.reshape(last - first, columns), 0, rows, out=held[place:end])
-        errors[place:end] = error.index_select(0, rows)
+        torch.index_select(exact, 0, rows, out=held[place:end])
+        rounded = exact.to(dtype)
+        residual.addmm_(others[:, first:last], rounded.float().sub_(exact))
         start = 0
         for row in [*rows.tolist(), last - first]:
             if row > start:
-                yield first + start, rounded[start:row]
+                yield first + start, rounded[start:row].reshape(-1, *folded.shape[1:])
             start = row + 1
-    repair(held, errors, basis[:, chosen], residual)
+    mended = repair(held, dtype, basis[:, chosen], residual)
     for place, row in enumerate(chosen.tolist()):
-        yield row, held[place].reshape(1, *folded.shape[1:])
+        yield row, mended[place].reshape(1, *folded.shape[1:])
 
 
 def _by_slices(folded: Folded, dtype: torch.dtype, basis: Tensor, axis: int) -> Iterator[tuple[int, Tensor]]:
-    """Along any other axis each slice of the first is a matrix of its own; about COLUMNS columns at a time."""
+    """Along any other axis each slice of the first is a matrix of its own; about SLICE_COLUMNS columns at a time."""
     count, width = folded.shape[0], basis.shape[1]
     per_slice = torch.Size(folded.shape[1:]).numel() // width
     chosen = candidates(basis)
+    others = _others(basis, chosen)
     together = min(count, max(1, SLICE_COLUMNS // max(1, per_slice)))
     buffer = torch.empty(together, *folded.shape[1:], dtype=dtype)
-    candidate_errors = torch.empty(together, len(chosen), per_slice, dtype=ERRORS)
     for start in range(0, count, together):
-        size = min(together, count - start)
-        rounded, errors = buffer[:size], candidate_errors[:size]
-        residual = torch.empty(len(basis), size * per_slice)
+        rounded = buffer[: min(together, count - start)]
+        held = torch.empty_like(rounded.index_select(axis, chosen), dtype=torch.float32)
+        residual = torch.empty(len(basis), len(rounded) * per_slice)
         for first, last in row_blocks(rounded.shape):
-            error = _round(folded.rows(start + first, start + last), rounded[first:last])
-            errors[first:last] = error.index_select(axis, chosen).movedim(axis, 1).reshape(errors[first:last].shape)
+            exact = folded.rows(start + first, start + last)
+            torch.index_select(exact, axis, chosen, out=held[first:last])
+            error = rounded[first:last].copy_(exact).float().sub_(exact)
             part = slice(first * per_slice, last * per_slice)
-            residual[:, part] = basis @ error.movedim(axis, 0).reshape(width, -1)
-        held = rounded.index_select(axis, chosen)
-        rows, row_errors = held.movedim(axis, 0).contiguous(), errors.movedim(1, 0).contiguous()
-        repair(rows.flatten(1), row_errors.flatten(1), basis[:, chosen], residual)
-        held.movedim(axis, 0).copy_(rows)
-        yield start, rounded.index_copy_(axis, chosen, held)
+            residual[:, part] = others @ error.movedim(axis, 0).reshape(width, -1)
+        turned = held.movedim(axis, 0)
+        mended = repair(turned.flatten(1), dtype, basis[:, chosen], residual)
+        yield start, rounded.index_copy_(axis, chosen, mended.reshape(turned.shape).movedim(0, axis))
 
 
-def _round(exact: Tensor, rounded: Tensor) -> Tensor:
-    """Rounds `exact` to nearest into `rounded`; returns the error of that, in float32."""
-    rounded.copy_(exact)
-    return rounded.float().sub_(exact)
+def repair(exact: Tensor, dtype: torch.dtype, basis: Tensor, residual: Tensor) -> Tensor:
+    """The candidates in `dtype`, rounded so that R becomes as small as it can.
 
-
-def repair(held: Tensor, errors: Tensor, basis: Tensor, residual: Tensor) -> None:
-    """Moves entries of `held` by one step at most, so that `residual` becomes as small as it can; both in place.
-
-    held: [K, n], the candidates rounded to their dtype.  errors: [K, n], W' - W of the same.  basis: V, [m, K].
-    residual: R = V (W' - W) over all rows, [m, n], float32.
+    exact: [K, n], float32.  basis: V, [m, K].  residual: R of all rows but these, [m, n]; it becomes that of all.
     """
+    rounded = torch.empty_like(exact, dtype=dtype)
+    inverse = torch.linalg.pinv(basis @ basis.T, hermitian=True)
+    for first in range(0, exact.shape[1], COLUMNS):
+        part = slice(first, first + COLUMNS)
+        found = _by_multipliers(exact[:, part], dtype, basis, inverse, residual[:, part])
+        rounded[:, part], residual[:, part] = found
+    _finish(rounded, exact, basis, residual)
+    return rounded
+
+
+def _by_multipliers(
+    exact: Tensor, dtype: torch.dtype, basis: Tensor, inverse: Tensor, others: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(W', R): the second step of the module's. No entry is moved where one might overflow."""
+    limits = torch.finfo(dtype)
+    most = exact.abs()
+    movable = bool(most.amax() * (1 + limits.eps) < limits.max)  # false where one is not finite, for the writer to see
+    most.mul_(limits.eps / 2)
+    rounded = exact.to(dtype)
+    residual = others + basis @ rounded.float().sub_(exact)
+    multipliers, shifted = torch.zeros_like(residual), torch.empty_like(exact)
+    for _ in range(ROUNDS if movable else 0):
+        multipliers += inverse @ residual
+        torch.mm(basis.T, multipliers, out=shifted).clamp_(-most, most)
+        rounded = torch.sub(exact, shifted, out=shifted).to(dtype)
+        residual = others + basis @ rounded.float().sub_(exact)
+    return rounded, residual
+
+
+def _finish(rounded: Tensor, exact: Tensor, basis: Tensor, residual: Tensor) -> None:
+    """The third step of the module's: `rounded` and `residual` in place."""
     squares = basis.square().sum(0)
     order = squares.argsort(descending=True)
     order = order[squares[order] > NO_DIRECTION]
-    dear = PRICE * (len(order) / CANDIDATES) ** 0.5
-    prices = dear * (1 - torch.arange(len(order)) / (PRICED * len(order))).clamp(min=0)
-    for first in range(0, held.shape[1], COLUMNS):
-        part = slice(first, first + COLUMNS)
+    count = min(len(order), max(FINISHING, FINISHING_A_RANK * len(basis)))
+    order = order[torch.linspace(0, len(order) - 1, count).long()]
+    prices = PRICE * (1 - torch.arange(count) / (PRICED * count)).clamp(min=0)
+    for first in range(0, rounded.shape[1], FINISHED):
+        part = slice(first, first + FINISHED)
         rest = residual[:, part].contiguous()
         for chosen, price in zip(order.split(TOGETHER), prices.split(TOGETHER), strict=True):
-            values, error = held[chosen, part], errors[chosen, part]
-            held[chosen, part] = _moved(values, error.float(), basis[:, chosen], squares[chosen], price, rest)
+            values = rounded[chosen, part]
+            errors = values.float().sub_(exact[chosen, part])
+            rounded[chosen, part] = _moved(values, errors, basis[:, chosen], squares[chosen], price, rest)
         residual[:, part] = rest
 
 

@@ -147,7 +147,7 @@ def test_every_edited_tensor_is_the_projected_one_to_its_last_place(exported: Ex
         info = torch.finfo(after.dtype)
         place = torch.exp2(expected.abs().clamp(min=info.tiny).log2().floor()) * info.eps
         noise = 1e-6 * float(before.abs().max())  # float32 arithmetic on the way
-        assert ((after.double() - expected).abs() <= 2.75 * place + noise).all(), name
+        assert ((after.double() - expected).abs() <= 4.75 * place + noise).all(), name
         assert not torch.equal(after, before), name
     assert seen > 0
 

@@ -98,7 +98,7 @@ def test_the_direction_is_gone_and_the_weights_hardly_differ(
     st.integers(0, 2**20),
 )
 @settings(max_examples=60, deadline=None)
-def test_repair_never_leaves_more_than_the_leak_detector_allows_nor_moves_an_entry_by_more_than_a_step(
+def test_repair_never_leaves_more_than_the_leak_detector_allows_nor_moves_an_entry_by_more_than_two_steps(
     kind: Callable[..., _Rounded], rank: int, times: int, count: int, strength: float, dtype: torch.dtype, seed: int
 ) -> None:
     width = 16 * rank * times
@@ -109,27 +109,28 @@ def test_repair_never_leaves_more_than_the_leak_detector_allows_nor_moves_an_ent
     info = TensorInfo("w", name, tuple(made.exact.shape), 0, 0)
     assert made.leak(made.repaired) / scale <= tensor_tolerance(info, [ProjectRows(made.basis, 1.0)], "repair")
     limits = torch.finfo(dtype)
-    step = limits.eps * torch.exp2(made.nearest.double().abs().clamp(min=limits.tiny).log2().floor())
-    assert ((made.repaired.double() - made.nearest.double()).abs() <= step).all()
+    largest = torch.maximum(made.nearest.double().abs(), made.repaired.double().abs())
+    step = limits.eps * torch.exp2(largest.clamp(min=limits.tiny).log2().floor())
+    assert ((made.repaired.double() - made.nearest.double()).abs() <= 2 * step).all()
 
 
-@pytest.mark.parametrize(("strength", "more"), [(0.9, 0.08), (0.5, 0.1), (0.25, 0.2)])
-def test_a_partial_projection_keeps_exactly_its_part(strength: float, more: float) -> None:
-    made = rows(2048, 64, 1, torch.bfloat16, strength=strength)
+@pytest.mark.parametrize("strength", [0.9, 0.5, 0.25])
+def test_a_partial_projection_keeps_exactly_its_part(strength: float) -> None:
+    made = rows(4096, 64, 1, torch.bfloat16, strength=strength)
     assert made.leak(made.nearest) > 1e-3
     assert made.leak(made.repaired) <= 1e-5
-    assert made.more_error <= more
+    assert made.more_error <= 0.05
 
 
 def test_a_weak_component_which_rounding_to_nearest_would_keep_is_removed() -> None:
-    """A tenth of what a random direction has: nearly every correction is below half a step, so the price is higher."""
+    """A tenth of what a random direction has: nearly every correction is below half a step, so more of them must be undone."""
     basis = random_basis(1, 4096)
     weight = weights(4096, 64, dtype=torch.float32, seed=1)
     weight -= 0.9 * basis.T @ (basis @ weight)
     made = _Rounded(weight.bfloat16(), [ProjectRows(basis, 1.0)], basis, 0)
     assert made.leak(made.nearest) > 0.2
     assert made.leak(made.repaired) <= 1e-5
-    assert made.more_error <= 0.4
+    assert made.more_error <= 0.2
 
 
 @pytest.mark.parametrize("axis", [1, 2])
@@ -231,19 +232,17 @@ def test_a_repair_does_not_overflow() -> None:
     assert not torch.equal(got, weight)
 
 
-def test_candidates_are_all_rows_or_the_largest_and_a_spread_of_the_others() -> None:
+def test_candidates_are_all_rows_or_the_largest() -> None:
     assert candidates(random_basis(2, CANDIDATES)).tolist() == list(range(CANDIDATES))
     basis = random_basis(2, 3000)
     chosen = candidates(basis)
-    assert len(chosen) == CANDIDATES == len(set(chosen.tolist()))
     ranked = basis.norm(dim=0).argsort(descending=True)
-    assert set(ranked[: CANDIDATES // 2].tolist()) <= set(chosen.tolist())
-    assert int(ranked[-1]) in chosen.tolist()
+    assert chosen.tolist() == sorted(ranked[:CANDIDATES].tolist())
 
 
-@pytest.mark.parametrize("rank", [1, 2, 4])
-def test_the_demos_weights_are_repaired(rank: int) -> None:
-    """Trained weights, 128 wide, float16; the bound on their error holds as long as columns are long enough."""
+@pytest.mark.parametrize(("rank", "leak", "more"), [(1, 1e-5, 0.05), (2, 1e-5, 0.05), (4, 1e-5, 0.08), (8, 2e-5, 0.15)])
+def test_the_demos_weights_are_repaired(rank: int, leak: float, more: float) -> None:
+    """Trained weights, 128 wide, float16; so few entries a column have too few roundings for 4 directions and more."""
     checkpoint = Checkpoint.open(DEMO)
     basis = random_basis(rank, 128)
     edits = fold(Guard((SharedProjection(basis),)), family_of(checkpoint), checkpoint.shapes).edits
@@ -255,7 +254,7 @@ def test_the_demos_weights_are_repaired(rank: int) -> None:
         assert weight.dtype == DTYPES["F16"]
         axis = 1 if isinstance(edits[name][0], ProjectColumns) else 0
         made = _Rounded(weight, edits[name], basis, axis)
-        assert made.leak(made.repaired) <= 1e-5, name
+        assert made.leak(made.repaired) <= leak, name
         errors["nearest"] += made.error(made.nearest) ** 2
         errors["repaired"] += made.error(made.repaired) ** 2
-    assert errors["repaired"] ** 0.5 <= (1 + 0.05 * max(1, rank / 2)) * errors["nearest"] ** 0.5
+    assert errors["repaired"] ** 0.5 <= (1 + more) * errors["nearest"] ** 0.5

@@ -12,9 +12,9 @@ from ..export.edits import Folded, row_blocks
 from ..export.fold import Fold
 from ..guard.progress import track
 
-PLACES = 2.75
-"""Rounding to nearest leaves half a unit in the last place, repair moves some entries by another; where a power of two
-lies between, the unit above it counts twice in units of the number below it."""
+PLACES = 4.75
+"""Rounding to nearest leaves half a unit in the last place, each of repair's two steps may move an entry by another;
+where a power of two lies between, the units above it count twice in units of the number below it."""
 
 ARITHMETIC = 1e-6
 """What float32 arithmetic in another order moves an entry by, relative to the tensor's largest."""
