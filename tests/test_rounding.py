@@ -123,7 +123,7 @@ def test_a_partial_projection_keeps_exactly_its_part(strength: float) -> None:
 
 
 def test_a_weak_component_which_rounding_to_nearest_would_keep_is_removed() -> None:
-    """A tenth of what a random direction has: nearly every correction is below half a step, so more of them must be undone."""
+    """A tenth of what a random direction has: nearly every correction is below half a step, so more are undone."""
     basis = random_basis(1, 4096)
     weight = weights(4096, 64, dtype=torch.float32, seed=1)
     weight -= 0.9 * basis.T @ (basis @ weight)
