@@ -1,16 +1,16 @@
-"""The rewriter against cp and against what scripts do: python tests/benchmarks/rewrite.py [--sizes 1 5 14] [--runs 7]
+"""The rewriter against cp and against what scripts do: python tests/benchmarks/rewrite.py --sizes 1 5 14
 
 Random checkpoints of LLaVA-1.5-7B's shapes in bfloat16; the projection edits o_proj and down_proj of every layer (28 %
 of 14 GB). Each way runs in a process of its own, from start to fsync, in turns (A B C ... A B C ...), so that a busy
 moment meets all of them; ratios are within a turn, and cp stands in every turn twice: the second is the null control.
-Warm: the source was just read. Cold: the page cache was dropped. Writes its section of BENCHMARKS.md with --write.
+Warm: the source was just read. Cold: the page cache was dropped. With --write, its tables go into BENCHMARKS.md in
+place of earlier ones of the same size.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -23,6 +23,11 @@ from pathlib import Path
 from typing import Any
 
 BEGIN, END = "<!-- tests/benchmarks/rewrite.py writes from here -->", "<!-- to here -->"
+ABOUT = f"""## The rewriter
+
+`python tests/benchmarks/rewrite.py`, medians (and ranges) of runs in turns; {os.cpu_count()} cores.
+Every way runs from the start of its process, imports included, until its files are on the disk. The ratio is to `cp` in
+the same turn; `cp` again is the control."""
 SIZES = {1: (1, 2), 5: (9, 24), 14: (32, 24)}
 """About this many GB -> (text layers, vision layers)."""
 
@@ -37,6 +42,9 @@ WAYS = {
     "load_file, edit, save_file per shard": "shards",
     "from_pretrained, edit, save_pretrained": "pretrained",
 }
+SLOW = tuple(WAYS)[-2:]
+"""Ways that --slow-runs can leave out of the later turns."""
+
 WRITERS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 
 
@@ -100,7 +108,7 @@ def pretrained(source: Path, target: Path, guard: Path, _: str) -> None:
 def _basis(guard: Path) -> Any:
     from guardfold.guard.guard import Guard
 
-    return next(iter(Guard.load(guard).interventions[0].tensors().values()))
+    return next(iter(Guard.load(guard).interventions[0].tensors().values())).float()
 
 
 def _projected(weight: Any, basis: Any) -> Any:
@@ -155,34 +163,34 @@ def prepare(source: Path, cold: bool) -> None:
 
 
 def turns(
-    source: Path, scratch: Path, guard: Path, runs: int, cold: bool, ways: dict[str, str]
+    source: Path, scratch: Path, guard: Path, runs: int, slow_runs: int, cold: bool, ways: dict[str, str]
 ) -> dict[str, list[Run]]:
-    """Way -> its runs, one in each turn; every turn begins with another way."""
+    """Way -> its runs, one in each turn (SLOW ones: in the first `slow_runs`); every turn begins with another way."""
     found: dict[str, list[Run]] = {name: [] for name in ways}
-    names = list(ways)
     for turn in range(runs):
+        names = [name for name in ways if turn < slow_runs or name not in SLOW]
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             prepare(source, cold)
             target = scratch / "out"
             found[name].append(measured(ways[name], source, target, guard))
             shutil.rmtree(target, ignore_errors=True)
-        said = ", ".join(f"{name} {each[-1].wall:.1f}" for name, each in found.items())
+        said = ", ".join(f"{name} {found[name][-1].wall:.1f}" for name in names)
         print(f"  turn {turn + 1} of {runs}: {said}", flush=True)
     return found
 
 
-def table(title: str, found: dict[str, list[Run]]) -> list[str]:
+def table(found: dict[str, list[Run]]) -> list[str]:
     """A Markdown table: medians, with ranges of the time and of the ratio to cp in the same turn."""
-    lines = [title, "", "| way | wall s | / cp | CPU s | peak MiB |", "|---|---|---|---|---|"]
-    for name, runs in found.items():
-        ratios = [run.wall / copy.wall for run, copy in zip(runs, found[COPY], strict=True)]
+    lines = ["", "| way | wall s | / cp | CPU s | peak MiB |", "|---|---|---|---|---|"]
+    for name, runs in ((name, runs) for name, runs in found.items() if runs):
+        ratios = [run.wall / copy.wall for run, copy in zip(runs, found[COPY], strict=False)]
         wall = _spread([run.wall for run in runs], ".1f")
         cpu, peak = (statistics.median(getattr(run, key) for run in runs) for key in ("cpu", "peak"))
         lines.append(f"| {name} | {wall} | {_spread(ratios, '.2f')} | {cpu:.1f} | {peak:.0f} |")
-    for name in list(WAYS)[-2:]:
-        if name in found:
-            ratio = statistics.median(o.wall / run.wall for o, run in zip(found[OURS], found[name], strict=True))
-            lines += ["", f"guardfold takes {ratio:.2f} of the time of: {name}."]
+    for name in SLOW:
+        if found.get(name):
+            ratio = statistics.median(o.wall / run.wall for o, run in zip(found[OURS], found[name], strict=False))
+            lines += ["", f"guardfold takes {ratio:.2f} of the time of: {name} ({len(found[name])} runs)."]
     return [*lines, ""]
 
 
@@ -190,17 +198,16 @@ def _spread(numbers: list[float], form: str) -> str:
     return f"{statistics.median(numbers):{form}} ({min(numbers):{form}} to {max(numbers):{form}})"
 
 
-def write(section: list[str]) -> None:
-    """Puts `section` into BENCHMARKS.md in place of what this script wrote there before, or at its end."""
+def write(tables: dict[str, list[str]]) -> None:
+    """Puts tables, by title, into BENCHMARKS.md in place of those of the same titles that it has between the marks."""
     path = Path(__file__).parents[2] / "BENCHMARKS.md"
-    text = path.read_text("utf-8")
-    body = "\n".join([BEGIN, *section, END])
-    if BEGIN in text:
-        before, _, rest = text.partition(BEGIN)
-        text = before + body + rest.partition(END)[2]
-    else:
-        text = f"{text.rstrip()}\n\n{body}\n"
-    path.write_text(text, "utf-8")
+    before, _, rest = path.read_text("utf-8").partition(BEGIN)
+    written, _, after = rest.partition(END)
+    blocks = [block.split("\n") for block in written.strip().split("\n### ")[1:]]
+    all_tables = {"### " + first: lines for first, *lines in blocks} | tables
+    in_order = sorted(all_tables, key=lambda title: (float(title.split()[1]), title))
+    body = "\n\n".join("\n".join([title, *all_tables[title]]).strip() for title in in_order)
+    path.write_text(f"{before.rstrip()}\n\n{BEGIN}\n\n{ABOUT}\n\n{body}\n\n{END}{after or chr(10)}", "utf-8")
 
 
 def main() -> None:
@@ -213,32 +220,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--slow-runs", type=int, help="of the last two ways; default: as many as of the others")
+    parser.add_argument("--page-cache", nargs="+", choices=["warm", "cold"], default=["warm", "cold"])
     parser.add_argument("--scratch", type=Path, help="a folder with room for two copies")
     parser.add_argument("--skip", nargs="*", default=[], choices=list(WAYS.values()), help="ways to leave out")
     parser.add_argument("--write", action="store_true", help="write the section of BENCHMARKS.md")
     given = parser.parse_args()
     ways = {name: way for name, way in WAYS.items() if way not in given.skip}
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    section = [
-        "## The rewriter",
-        "",
-        f"`python tests/benchmarks/rewrite.py`, medians (and ranges) of {given.runs} runs in turns; "
-        f"{os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}. Every way runs from the start of its process, "
-        "imports included, until its files are on the disk. The ratio is to `cp` in the same turn; `cp` again is the "
-        "control. Warm runs of a source that does not fit into memory twice are not warm.",
-        "",
-    ]
+    tables = {}
     for size in given.sizes:
         with tempfile.TemporaryDirectory(dir=given.scratch) as scratch:
             source, guard = Path(scratch) / "model", Path(scratch) / "guard.safetensors"
             count = make_model(source, guard, size)
-            for cold in (False, True):
-                title = f"{count / 1e9:.1f} GB, {'cold' if cold else 'warm'}:"
+            for cache in given.page_cache:
+                title = f"### {count / 1e9:.1f} GB, {cache}"
                 print(title, flush=True)
-                section += table(title, turns(source, Path(scratch), guard, given.runs, cold, ways))
-    print("\n".join(section))
+                slow = given.runs if given.slow_runs is None else given.slow_runs
+                found = turns(source, Path(scratch), guard, given.runs, slow, cache == "cold", ways)
+                tables[title] = table(found)
+                print("\n".join(tables[title]), flush=True)
     if given.write:
-        write(section)
+        write(tables)
 
 
 def make_model(folder: Path, guard: Path, size: int) -> int:
