@@ -4,7 +4,8 @@ Weights lie on the grid of their dtype, so a correction below half a step is dro
 it leaves about 1 % of the removed component, a quarter of it where the component is weak. `repaired` rounds to nearest
 but for a few of the d rows, which make up for what rounding all of them puts back along V:
 
-1. Those are the CANDIDATES rows with the largest |v_i|. The others leave R = V (W' - W), [m, n], a sum over them.
+1. Those are CANDIDATES rows: the ones with the largest |v_i|, which can make up for most, and FINE others, evenly
+   spaced down to the smallest. All the rest leave R = V (W' - W), [m, n], a sum over them.
 2. Of all roundings of the candidates that bring R to nothing, the one nearest to W minimises |W' - W|^2 + 2 p . R, p
    [m, n] being the multipliers, and that can be done entry by entry: W'_i = round(W_i - v_i . p). Each round of p +=
    (V V^T)^-1 R, V of the candidates, comes closer; no entry is shifted by more than a step.
@@ -36,7 +37,7 @@ ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
 REPAIRED = {"F16": torch.float16, "BF16": torch.bfloat16}
 """The dtypes that are repaired, by their safetensors names; wider ones lose nothing worth it."""
 
-CANDIDATES = 512
+CANDIDATES, FINE = 512, 64
 
 ROUNDS = 2
 """Of multipliers; a third hardly improves on the second, for the last step finishes what is left."""
@@ -87,7 +88,11 @@ def repaired(folded: Folded, dtype: torch.dtype, basis: Tensor, axis: int) -> It
 
 def candidates(basis: Tensor) -> Tensor:
     """Which of the d rows make up for the others, in their order: all of them if d <= CANDIDATES."""
-    return basis.norm(dim=0).argsort(descending=True)[:CANDIDATES].sort().values
+    order = basis.norm(dim=0).argsort(descending=True)
+    if len(order) > CANDIDATES:
+        large, others = order[: CANDIDATES - FINE], order[CANDIDATES - FINE :]
+        order = torch.cat([large, others[torch.linspace(0, len(others) - 1, FINE).long()]])
+    return order.sort().values
 
 
 def _others(basis: Tensor, chosen: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from zoo import random_basis
 from guardfold.export.checkpoint import DTYPES, Checkpoint, TensorInfo
 from guardfold.export.edits import Edit, Folded, ProjectColumns, ProjectRows, SetColumns
 from guardfold.export.fold import fold
-from guardfold.export.rounding import CANDIDATES, candidates, nearest, repaired
+from guardfold.export.rounding import CANDIDATES, FINE, candidates, nearest, repaired
 from guardfold.export.writers import family_of
 from guardfold.guard.guard import Guard
 from guardfold.guard.interventions import SharedProjection
@@ -162,6 +162,15 @@ def test_a_bias_is_repaired_as_a_matrix_of_one_column() -> None:
     assert made.leak(made.repaired) <= 1e-5
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_a_bias_of_equal_numbers_is_repaired_too(seed: int) -> None:
+    """All its steps are equal, so only small |v_i| take away what is left; a random direction has a component of 1."""
+    basis = random_basis(1, 4096, seed)
+    made = _Rounded(torch.ones(4096, dtype=torch.bfloat16), [ProjectRows(basis, 1.0)], basis, 0)
+    assert made.leak(made.nearest) * made.component > 1e-4
+    assert made.leak(made.repaired) * made.component <= 5e-6
+
+
 def test_what_a_gate_writes_after_the_projection_is_kept() -> None:
     """The residual is measured against the exact fold, whatever edits it has."""
     basis = random_basis(1, 512)
@@ -232,12 +241,14 @@ def test_a_repair_does_not_overflow() -> None:
     assert not torch.equal(got, weight)
 
 
-def test_candidates_are_all_rows_or_the_largest() -> None:
+def test_candidates_are_all_rows_or_the_largest_and_a_spread_of_the_others() -> None:
     assert candidates(random_basis(2, CANDIDATES)).tolist() == list(range(CANDIDATES))
     basis = random_basis(2, 3000)
-    chosen = candidates(basis)
-    ranked = basis.norm(dim=0).argsort(descending=True)
-    assert chosen.tolist() == sorted(ranked[:CANDIDATES].tolist())
+    chosen = candidates(basis).tolist()
+    assert len(chosen) == CANDIDATES == len(set(chosen))
+    ranked = basis.norm(dim=0).argsort(descending=True).tolist()
+    assert set(ranked[: CANDIDATES - FINE]) <= set(chosen)
+    assert ranked[-1] in chosen
 
 
 @pytest.mark.parametrize(("rank", "leak", "more"), [(1, 1e-5, 0.05), (2, 1e-5, 0.05), (4, 1e-5, 0.08), (8, 2e-5, 0.15)])
