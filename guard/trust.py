@@ -1,4 +1,4 @@
-"""Code that comes with a model (auto_map): run only if the user asks for it, and only what lies in the model's folder."""
+"""Code that comes with a model (auto_map): run only if the user asks for it, and only what lies in the folder."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def trusted() -> bool:
 
 @contextmanager
 def trusting(allowed: bool) -> Iterator[None]:
-    """While the block runs, the code that comes with models may be run, or may not. Threads do not inherit this: in those
-    that are started meanwhile it may not.
+    """While the block runs, the code that comes with models may be run or not. Threads do not inherit this: in those
+    started meanwhile it may not.
     """
     token = _trusted.set(allowed)
     try:

@@ -36,7 +36,7 @@ from guardfold.guard.vlm import auto_class, load, meta_model, read_config
 from guardfold.pipeline import Formats, GuardOptions, check_guarded, export_guarded, inspect_model, trace_family
 
 GUARD = Guard((SublayerProjection({1: random_basis(1, 32)}),))
-REPO = "owner/custom"
+REPO = "tester/custom"
 VISION = """
 [vision]
 model_types = ["custom_vlm"]
