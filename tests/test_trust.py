@@ -33,7 +33,16 @@ from guardfold.guard.interventions import SublayerProjection
 from guardfold.guard.prompts import Prompt, encode
 from guardfold.guard.trust import trusted, trusting
 from guardfold.guard.vlm import auto_class, load, meta_model, read_config
-from guardfold.pipeline import Formats, GuardOptions, check_guarded, export_guarded, inspect_model, trace_family
+from guardfold.pipeline import (
+    Formats,
+    GuardOptions,
+    check_guarded,
+    export_guarded,
+    extract_guard,
+    inspect_model,
+    trace_family,
+)
+from guardfold.validators.judge import ModelJudge
 
 GUARD = Guard((SublayerProjection({1: random_basis(1, 32)}),))
 REPO = "tester/custom"
@@ -220,6 +229,21 @@ def test_a_call_that_does_not_ask_is_not_trusted_inside_one_that_was(model: Path
         with pytest.raises(InputError, match="pass --trust-remote-code"):
             inspect_model(str(model), guard.family)
         assert trusted()
+
+
+def test_a_guard_is_extracted_in_python_as_well(model: Path, mark: Path, guard: GuardOptions) -> None:
+    options = GuardOptions(guard="projection", layers="1", family=guard.family)
+    with pytest.raises(InputError, match="pass --trust-remote-code"):
+        extract_guard(str(model), options)
+    assert not mark.exists()
+    assert extract_guard(str(model), options, trust_remote_code=True).interventions
+
+
+def test_the_judge_is_not_trusted(model: Path, mark: Path) -> None:
+    """Its name is another model's, which nobody vouched for."""
+    with trusting(True), pytest.raises(InputError, match=r"--judge .*: cannot be loaded"):
+        ModelJudge(str(model))
+    assert not mark.exists()
 
 
 def test_threads_do_not_inherit_trust() -> None:
