@@ -297,7 +297,6 @@ def meta_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMo
     auto = auto_class(read_config(folder))
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted())
-        config.name_or_path = str(folder)  # whence code is taken, whatever config.json says
         with init_empty_weights(include_buffers=False):
             model = auto.from_config(config, dtype=dtype, experts_implementation="eager", trust_remote_code=trusted())
     except Exception as error:  # foreign numbers can break a constructor in any way
