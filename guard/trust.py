@@ -20,6 +20,9 @@ CONFIG_FILES = (
 )
 """Where transformers looks for the names of code."""
 
+AUDIO = "audio_tokenizer"
+"""What a processor calls a model that lies elsewhere, and that transformers would load from there."""
+
 MAX_CONFIG_BYTES = 16 * 2**20
 MAX_CODE_BYTES = 16 * 2**20
 REFERENCE = re.compile(r"([\w\-]+)\.\w+")
@@ -65,17 +68,30 @@ def trusting_if_asked(function: Callable[Params, Result]) -> Callable[Params, Re
 def code_of(folder: Path) -> dict[str, list[str]]:
     """Config file of `folder` -> what it names of code (auto_map, at any depth); only files that have such entries."""
     found = {}
-    for name in CONFIG_FILES:
+    for name in _config_files(folder):
         if os.path.lexists(folder / name):
-            held = parse_object(read_bytes(folder, name, MAX_CONFIG_BYTES), str(folder / name))
-            entries = [each["auto_map"] for each in _inside(held) if isinstance(each, dict) and "auto_map" in each]
+            entries = [each["auto_map"] for each in _objects(folder, name) if "auto_map" in each]
             if entries:
                 found[name] = [text for text in _inside(entries) if isinstance(text, str)]
     return found
 
 
+def _config_files(folder: Path) -> Iterator[str]:
+    """With trust, also those of a processor's further tokenizers, which lie in folders of their own."""
+    yield from CONFIG_FILES
+    for path in sorted(folder.glob("*/tokenizer_config.json")) if trusted() else ():
+        yield from (f"{path.parent.name}/{name}" for name in ("config.json", path.name))
+
+
+def _objects(folder: Path, name: str) -> Iterator[dict[str, Any]]:
+    """The object in the JSON file `name` of `folder` and every object in it."""
+    held = parse_object(read_bytes(folder, name, MAX_CONFIG_BYTES), str(folder / name))
+    return (each for each in _inside(held) if isinstance(each, dict))
+
+
 def check_code(folder: Path) -> None:
-    """InputError if a config file of `folder` names code that is not trusted, or not in the folder itself."""
+    """InputError if a config file of `folder` names code that is not trusted, or anything not in the folder itself."""
+    _refuse_audio(folder)
     named = code_of(folder)
     if not trusted():
         for name in named:
@@ -91,6 +107,16 @@ def check_code(folder: Path) -> None:
     for name, references in named.items():
         for reference in references:
             _check_reference(folder, folder / name, reference)
+
+
+def _refuse_audio(folder: Path) -> None:
+    processor, own = "processor_config.json", f"{AUDIO}_config.json"
+    named = os.path.lexists(folder / processor) and any(AUDIO in each for each in _objects(folder, processor))
+    if named or os.path.lexists(folder / own):
+        where = folder / (processor if named else own)
+        raise InputError(
+            f"{where}: names a model outside the folder ({AUDIO}), which is never loaded; remove the entry"
+        )
 
 
 def _check_reference(folder: Path, where: Path, reference: str) -> None:

@@ -270,9 +270,11 @@ def test_only_true_is_trust(model: Path, mark: Path) -> None:
         ("tokenizer_config.json", {"auto_map": ["owner/repo--modeling_custom.CustomModel", None]}),
         ("processor_config.json", {"auto_map": {"AutoProcessor": "owner/repo--modeling_custom.CustomModel"}}),
         ("preprocessor_config.json", {"auto_map": {"AutoImageProcessor": {"torch": "o/r--modeling_custom.A"}}}),
+        ("more/tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["o/r--modeling_custom.A", None]}}),
     ],
 )
 def test_code_of_another_repository_is_never_run(model: Path, mark: Path, file: str, entry: dict[str, Any]) -> None:
+    (model / "more").mkdir()
     change_json(model / file, **entry)
     refused(model, rf"{file}: auto_map names code of another repository \(o\S*--modeling_custom\.\w+\), .* never run")
     assert not mark.exists()
@@ -415,6 +417,18 @@ def test_a_processor_of_its_own_is_run_with_trust_alone(tmp_path: Path, mark: Pa
     assert not mark.exists()
     with trusting(True):
         assert type(load(folder, "cpu").processor).__name__ == "CustomProcessor"
+
+
+@pytest.mark.parametrize("file", ["processor_config.json", "audio_tokenizer_config.json"])
+def test_a_processor_loads_no_model_from_elsewhere(model: Path, mark: Path, tmp_path: Path, file: str) -> None:
+    plain = Tiny().save(tmp_path / "plain")
+    elsewhere = {"audio_tokenizer_class": "AutoModel", "audio_tokenizer_name_or_path": str(model)}
+    whole = file.startswith("audio")
+    change_json(plain / file, **(elsewhere if whole else {"audio_tokenizer": elsewhere}))
+    refused(plain, rf"{file}: names a model outside the folder \(audio_tokenizer\)")
+    with pytest.raises(InputError, match="names a model outside the folder"):
+        load(plain, "cpu")
+    assert not mark.exists()
 
 
 def test_code_named_deep_in_a_config_is_refused_as_well(tmp_path: Path, mark: Path) -> None:
