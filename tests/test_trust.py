@@ -441,7 +441,7 @@ def test_code_named_deep_in_a_config_is_refused_as_well(tmp_path: Path, mark: Pa
 
 
 def test_from_the_hub_code_is_fetched_with_trust_alone(hub: HubServer, model: Path, guard: GuardOptions) -> None:
-    hub.add(REPO, {**files_of(model), "sub/README.md": b""})
+    hub.add(REPO, {**files_of(model), "images/a.png": b""})
     with pytest.raises(InputError, match="pass --trust-remote-code"):
         inspect_model(REPO, guard.family)
     assert not list(download(REPO).glob("*.py"))
@@ -477,6 +477,13 @@ def test_a_class_that_cannot_be_run_is_refused_in_one_line(model: Path) -> None:
     with (model / "modeling_custom.py").open("a") as file:
         file.write("\n    def forward(self, **inputs):\n        raise RuntimeError('not today\\nnor tomorrow')\n")
     with pytest.raises(InputError, match=r"^CustomModel: cannot be run to be traced \(not today\)$"):
+        trace_family(str(model), trust_remote_code=True)
+
+
+def test_a_config_without_a_text_model_is_refused_in_one_line(model: Path) -> None:
+    with (model / "configuration_custom.py").open("a") as file:
+        file.write("\n    def get_text_config(self, *_, **__):\n        return self\n")
+    with pytest.raises(InputError, match=r"CustomConfig names no text model with a hidden_size$"):
         trace_family(str(model), trust_remote_code=True)
 
 
