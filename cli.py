@@ -144,6 +144,13 @@ SkipBehaviour = Annotated[
         help="Check that the folder is sound and equal to its hooks, but measure no behaviour; the manifest says so.",
     ),
 ]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run the Python code that comes with the model (auto_map), with your rights. Read it first.",
+    ),
+]
 Private = Annotated[bool, typer.Option("--private", help="Make the repository private.")]
 CreatePR = Annotated[bool, typer.Option("--create-pr", help="Propose the change as a pull request.")]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch to push to, made if need be. Default: main.")]
@@ -259,6 +266,7 @@ def export(
     private: Private = False,
     create_pr: CreatePR = False,
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write a guarded copy of a model, and publish it only if it is measurably safer. Or, with --format onnx and a
     folder that is guarded already, write its graphs.
@@ -301,6 +309,7 @@ def export(
         push_to=Target(push_to, private, create_pr, revision) if push_to else None,
         adapter=adapter,
         allow_partial=allow_partial,
+        trust_remote_code=trust_remote_code,
     )
     _show(result.evidence)
     typer.echo(f"written to {result.folder}" + ("" if result.verified else " (NOT VERIFIED)"))
@@ -324,6 +333,7 @@ def extract(
     family: FamilyFile = None,
     adapter: AdapterOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Extract a guard from a model and write it to a file, without touching the model.
 
@@ -350,6 +360,7 @@ def extract(
         ),
         overwrite=overwrite,
         adapter=adapter,
+        trust_remote_code=trust_remote_code,
     )
     _print(directions_table(made))
     typer.echo(f"written to {output}")
@@ -385,6 +396,7 @@ def check(
         Path | None, typer.Option("--report", help="JSON file to write an endpoint's figures to.")
     ] = None,
     adapter: AdapterOption = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure a guarded folder afresh against the model it was made from, or a model that is being served.
 
@@ -412,6 +424,7 @@ def check(
         skip_behaviour=skip_behaviour,
         family_file=family,
         adapter=adapter,
+        trust_remote_code=trust_remote_code,
     )
     _show(evidence)
     if not evidence.sound or not (skip_behaviour or evidence.ruling == "safer"):
@@ -462,6 +475,7 @@ def chat(
     ] = None,
     provider: ProviderOption = "auto",
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to say.")] = 256,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Ask a folder's model one question, in torch or onnxruntime, and see the answer as it is made."""
     from .validators.chat import answer
@@ -471,7 +485,17 @@ def chat(
     def say(piece: str) -> None:
         typer.echo(piece, nl=False)
 
-    answer(model, prompt, image, say, runtime=runtime, precision=onnx_dtype, provider=provider, most=max_tokens)
+    answer(
+        model,
+        prompt,
+        image,
+        say,
+        runtime=runtime,
+        precision=onnx_dtype,
+        provider=provider,
+        most=max_tokens,
+        trust_remote_code=trust_remote_code,
+    )
     typer.echo()
 
 
@@ -487,6 +511,7 @@ def inspect(
         ),
     ] = False,
     family: FamilyFile = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Say what a model is and which of its tensors write to the residual stream, from config and headers alone."""
     from .pipeline import inspect_model, trace_family
@@ -494,9 +519,9 @@ def inspect(
 
     _begin(model)
     if trace:
-        typer.echo(trace_family(model), nl=False)
+        typer.echo(trace_family(model, trust_remote_code=trust_remote_code), nl=False)
     else:
-        _print(family_table(*inspect_model(model, family)))
+        _print(family_table(*inspect_model(model, family, trust_remote_code=trust_remote_code)))
 
 
 @app.command()

@@ -43,6 +43,7 @@ from .guard.errors import InputError, Refused
 from .guard.guard import Guard
 from .guard.images import IMAGE_KINDS
 from .guard.progress import bar
+from .guard.trust import code_of, trusting_if_asked
 from .guard.vlm import located, meta_model, resolve, threads_for
 from .validators.adapted import Adapted
 from .validators.batches import comparison_batches
@@ -89,7 +90,8 @@ class NotSafer(Refused):
         self.evidence = evidence
 
 
-def extract_guard(model: str, options: GuardOptions | None = None) -> Guard:
+@trusting_if_asked
+def extract_guard(model: str, options: GuardOptions | None = None, *, trust_remote_code: bool = False) -> Guard:
     """The guard that `options` describe: read from a file, or made from `model` (demo, alias, hub id or folder).
 
     Raises InputError for a model or prompts that cannot be used, layers out of range, or a rank above the anchors, and
@@ -98,8 +100,15 @@ def extract_guard(model: str, options: GuardOptions | None = None) -> Guard:
     return guard_of(*resolve(model), options or GuardOptions())
 
 
+@trusting_if_asked
 def extract_to(
-    output: Path, model: str, options: GuardOptions, *, overwrite: bool = False, adapter: str | None = None
+    output: Path,
+    model: str,
+    options: GuardOptions,
+    *,
+    overwrite: bool = False,
+    adapter: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Guard:
     """Extracts a guard into the file `output`, from `model` or, with `adapter`, from `model` after merging it.
 
@@ -117,6 +126,7 @@ def extract_to(
     return guard
 
 
+@trusting_if_asked
 def export_guarded(
     model: str,
     output: Path | str | None = None,
@@ -134,6 +144,7 @@ def export_guarded(
     push_to: Target | None = None,
     adapter: str | None = None,
     allow_partial: bool = False,
+    trust_remote_code: bool = False,
 ) -> Export:
     """Writes `model` with a guard to `output` (default ./<name>-guarded), if it is safer: folded into its weights, as
     ONNX graphs, or both; or as a PEFT adapter for the unmodified model. Of a folder that is guarded already, graphs are
@@ -146,8 +157,9 @@ def export_guarded(
     and equality; the manifest says NOT VERIFIED.  allow_weaker: publish whatever the verdict; the manifest and the card
     say NOT VERIFIED.  strict: refuse a fold that is approximate by nature (under post-norms).  overwrite: replace
     `output`, if guardfold wrote it.  writing: threads, rounding, links.  push_to: where on the hub the finished folder
-    goes as well.  Raises InputError for what cannot be used, and NotSafer, leaving nothing behind, if the result is not
-    safer or not equal to its hooks (the latter is never published).
+    goes as well.  trust_remote_code: run the code that comes with the model, and copy it.  Raises InputError for what
+    cannot be used, and NotSafer, leaving nothing behind, if the result is not safer or not equal to its hooks (the
+    latter is never published).
     """
     options = options or GuardOptions()
     if push_to:
@@ -306,6 +318,7 @@ def _command(source: Source, options: GuardOptions, as_adapter: bool = False) ->
     words = [f"--{name.replace('_', '-')} {getattr(value, 'name', value)}" for name, value in given.items()]
     words += [f"--adapter {source.adapter['name']}"] if source.adapter else []
     words += ["--format lora"] if as_adapter else []
+    words += ["--trust-remote-code"] if code_of(source.folder) else []
     return " ".join(["guardfold export --model", model, *words])
 
 
@@ -366,6 +379,7 @@ def _write_adapters(
     return kept, edits, notes(stage, family.tied and family.embedding in edits.edits, lost)
 
 
+@trusting_if_asked
 def check_guarded(
     folder: Path,
     against: str,
@@ -376,6 +390,7 @@ def check_guarded(
     skip_behaviour: bool = False,
     family_file: Path | None = None,
     adapter: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Evidence:
     """The evidence about the guarded `folder`, weights or adapters, measured afresh against the model that it was made
     from; with `adapter`, that is `against` after merging it.
@@ -453,7 +468,10 @@ def check_served(
     return served
 
 
-def inspect_model(model: str, family_file: Path | None = None) -> tuple[Checkpoint, Family]:
+@trusting_if_asked
+def inspect_model(
+    model: str, family_file: Path | None = None, *, trust_remote_code: bool = False
+) -> tuple[Checkpoint, Family]:
     """The checkpoint and family of `model`, from its config and headers alone; of a model on the hub, nothing else is
     downloaded, and the checkpoint's data cannot be read. Raises InputError if unsupported.
     """
@@ -473,7 +491,8 @@ def _headers_of(model: str) -> Iterator[Path]:
         yield hollow_copy(*found, Path(folder))
 
 
-def trace_family(model: str) -> str:
+@trusting_if_asked
+def trace_family(model: str, *, trust_remote_code: bool = False) -> str:
     """A family file that says what writes to the residual stream of `model`, found by running its class, without its
     weights, on a text and a picture. Raises InputError if transformers cannot build or run it.
     """

@@ -15,7 +15,9 @@ from huggingface_hub import ModelCardData, metadata_load
 from .. import __version__
 from ..guard.guard import Guard
 from ..guard.hub import is_hub_id
+from ..guard.trust import code_of
 from ..guard.untrusted import parse_object, read_bytes
+from ..guard.vlm import auto_class, read_config
 from .rounding import Rounding
 from .staging import MANIFEST
 
@@ -163,6 +165,7 @@ def write_card(
         "commit": f", commit `{source.revision}`" if source.revision else "",
         "version": __version__,
         "licence": terms.get("license_name") or terms.get("license") or "unknown to guardfold",
+        **_code(source.folder),
         "again": command or f"guardfold export --model {source.name} --guard {GUARD_FILE.as_posix()}",
     }
     parts = [
@@ -172,6 +175,7 @@ def write_card(
         _WHAT.format(**names, held=notes.held if notes else _IN_WEIGHTS if guard.in_weights else _IN_GRAPHS),
         *(_missing(notes) if notes else ()),
         "```json\n" + json.dumps(guard.describe(), indent=2) + "\n```",
+        *([_CODE.format(files=_modules(folder))] if names["trust"] else []),
         _USE,
         *_loading(folder, names),
         *([notes.load] if notes else ()),
@@ -203,7 +207,25 @@ def _loading(folder: Path, names: Mapping[str, str]) -> list[str]:
     if (folder / "adapter_config.json").is_file():
         return ["## Load it", _LOAD_ADAPTER.format(**names)]
     graphs, weights = _running(folder), any(folder.glob("*.safetensors"))
-    return [*(["## Load it", _LOAD] if weights or not graphs else []), *graphs]
+    if not weights and graphs:
+        return graphs
+    return ["## Load it", _LOAD.format(**names), *([] if names["trust"] else [_LOAD_GRAPHS]), *graphs]
+
+
+def _code(folder: Path) -> dict[str, str]:
+    """What the card says differently of a base in `folder` that needs code of its own (then trusted) to be loaded."""
+    if not code_of(folder):
+        return {"auto": "AutoModelForImageTextToText", "trust": "", "serve": "", "needs": "no custom code, no hooks"}
+    return {
+        "auto": auto_class(read_config(folder)).__name__,
+        "trust": ", trust_remote_code=True",
+        "serve": " --trust-remote-code",
+        "needs": "the original's own code, no hooks",
+    }
+
+
+def _modules(folder: Path) -> str:
+    return ", ".join(f"`{path.name}`" for path in sorted(folder.glob("*.py"))) or "the files `*.py` beside its weights"
 
 
 def _running(folder: Path) -> list[str]:
@@ -249,13 +271,17 @@ _WHAT = """\
 
 {base}{commit}, with a safety guard {held} by guardfold {version}. Vision-language models lose part of
 their safety as soon as an image is attached; the guard is there to make harmful requests with an image be refused as
-they are without (whether it does is measured below). Any runtime that loads the original loads this, with no custom
-code, no hooks and no second model.
+they are without (whether it does is measured below). Any runtime that loads the original loads this,
+with {needs} and no second model.
 
 The guard follows VLM-Guard ([arXiv 2502.10486](https://arxiv.org/abs/2502.10486)): safety steering directions are
 extracted from the language model with paired harmful and harmless queries; what layers write along them is removed from
 the output weights, or a detector in one MLP recognises harmful requests and writes the direction of a refusal. What was
 done here, exactly (the directions are in `guardfold/guard.safetensors`, every hash and figure in `guardfold.json`):"""
+
+_CODE = """\
+**Loading this runs Python code of the original's**, with your rights: {files}. guardfold copies such code as it is and
+does not check it; read it before you pass `trust_remote_code=True`."""
 
 _USE = """\
 ## Intended use
@@ -270,19 +296,20 @@ _LOAD = """\
 **transformers**
 
 ```python
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import {auto}, AutoProcessor
 
-model = AutoModelForImageTextToText.from_pretrained("PATH")
-processor = AutoProcessor.from_pretrained("PATH")
+model = {auto}.from_pretrained("PATH"{trust})
+processor = AutoProcessor.from_pretrained("PATH"{trust})
 ```
 
 **vLLM**
 
 ```bash
-vllm serve PATH --served-model-name guarded
+vllm serve PATH --served-model-name guarded{serve}
 guardfold check --endpoint http://localhost:8000/v1 --model guarded
-```
+```"""
 
+_LOAD_GRAPHS = """\
 **onnxruntime** (where this repository holds an `onnx` folder): three graphs, named as in transformers.js
 
 ```python
@@ -306,10 +333,10 @@ _LOAD_ADAPTER = """\
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import {auto}, AutoProcessor
 
-model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained("{source}"), "PATH")
-processor = AutoProcessor.from_pretrained("{source}")
+model = PeftModel.from_pretrained({auto}.from_pretrained("{source}"{trust}), "PATH")
+processor = AutoProcessor.from_pretrained("{source}"{trust})
 ```"""
 
 _LIMITS = """\

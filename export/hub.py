@@ -12,7 +12,7 @@ from ..guard.errors import InputError, Refused
 from ..guard.hub import LOGIN, hub_errors, is_hub_id, retried
 from .verify import ATTRIBUTES, NOT_OURS, differences, load_manifest
 
-STALE = ["*.safetensors", "*.onnx", "*.onnx_data", "*.index.json", "*.bin", "*.pt", "*.pth", "*.gguf"]
+STALE = ["*.safetensors", "*.onnx", "*.onnx_data", "*.index.json", "*.bin", "*.pt", "*.pth", "*.gguf", "*.py"]
 """What an earlier version may have left in the repository and this one does not have: it would not be verified."""
 
 

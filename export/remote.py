@@ -26,7 +26,7 @@ def hollow_copy(hub_id: str, revision: str | None, to: Path) -> Path:
     """
     with hub_errors(f"{hub_id}: cannot be had from the Hugging Face Hub"):
         snapshot = download_config(hub_id, revision)
-        for path in snapshot.iterdir():
+        for path in filter(Path.is_file, snapshot.iterdir()):
             shutil.copyfile(path.resolve(), to / path.name)
         names = index_shards(to) if (to / INDEX_FILE).is_file() else [SINGLE_FILE]
         files, commit = HfFileSystem(), snapshot.name

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..guard.vlm import (
-    final_norm,
-)
+from ..guard.errors import InputError
+from ..guard.vlm import final_norm
 
 _PARAMETER = "torch::autograd::AccumulateGrad"
 
@@ -83,8 +82,12 @@ def trace(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> Trace
             tensor.requires_grad_(True)
         for batch in batches:
             read.clear()
-            with torch.enable_grad():
-                model(**batch, use_cache=False)
+            try:
+                with torch.enable_grad():
+                    model(**batch, use_cache=False)
+            except Exception as error:  # foreign code, or inputs that a class does not take, can fail in any way
+                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                raise InputError(f"{type(model).__name__}: cannot be run to be traced ({reason})") from error
             found.walk(_Place(read[0].grad_fn, 0, 1, read[0].shape[-1]))
     finally:
         handle.remove()

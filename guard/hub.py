@@ -25,12 +25,16 @@ from huggingface_hub.errors import (
 )
 
 from .errors import InputError
+from .trust import trusted
 
 COMPANIONS = [
     *("*.json", "*.jsonl", "*.jinja", "*.model", "*.txt"),
     *("LICENSE*", "NOTICE*", "USE_POLICY*", "README.md", "images/*"),
 ]
-"""What a repository is asked for beside its weights: configs, tokenizer, processor, prompt files, licence. No code."""
+"""What a repository is asked for beside its weights: configs, tokenizer, processor, prompt files, licence."""
+
+CODE = ["*.py"]
+"""What it is asked for as well where the code that comes with a model is trusted."""
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = ["model.safetensors", "adapter_model.safetensors"]
@@ -69,8 +73,10 @@ def download(hub_id: str, revision: str | None = None) -> Path:
 
 
 def download_config(hub_id: str, revision: str | None = None) -> Path:
-    """The snapshot folder, named after its commit, of a model's companions, without weights. Raises as `_snapshot`."""
-    return _snapshot(hub_id, revision, COMPANIONS)
+    """The snapshot folder, named after its commit, of a model's companions, without weights; and of its code, if
+    that is trusted. Raises as `_snapshot`.
+    """
+    return _snapshot(hub_id, revision, [*COMPANIONS, *(CODE if trusted() else [])])
 
 
 def download_everything(hub_id: str, revision: str | None = None) -> Path:

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoProcessor,
@@ -27,6 +29,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from .errors import InputError
 from .hub import download, is_hub_id, split_revision
 from .templates import check_template
+from .trust import MAX_CONFIG_BYTES, check_code, trusted
 from .untrusted import check_files, parse_object, read_bytes
 
 ALIASES = {
@@ -68,6 +71,12 @@ DEMO = "demo"
 OTHER_CLASSES: dict[str, Any] = {"phi4_multimodal": AutoModelForMultimodalLM}
 """Model type -> auto class, for vision-language models that AutoModelForImageTextToText does not know."""
 
+OWN_CLASSES: tuple[Any, ...] = (
+    *(AutoModelForImageTextToText, AutoModelForMultimodalLM),
+    *(AutoModelForCausalLM, AutoModel),
+)
+"""Auto classes for which a model's own code may name its class with a head, in the order in which they are tried."""
+
 LAYER_LISTS = ("layers", "blocks", "h")
 ATTENTION_NAMES = (
     *("self_attn", "cross_attn", "linear_attn", "attention", "self_attention"),
@@ -96,18 +105,11 @@ IMAGE_TOKENS = ("image_token_id", "image_token_index", "media_placeholder_token_
 """What configs call the word that stands for an image feature."""
 
 SMALL_BYTES = 64 * 2**20
-MAX_CONFIG_BYTES = 16 * 2**20
 
 MAX_NUMBERS = {"layers": 1024, "depth": 1024, "experts": 1024, "heads": 4096, "image_size": 4096, "size": 2**22}
 """End of a key in config.json -> the largest number it may have: far above any model, far below exhausting memory."""
 
 MAX_NUMBER = 2**32
-PROCESSOR_FILES = (
-    "tokenizer_config.json",
-    "processor_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-)
 READ_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".safetensors")
 """Of files that transformers may open in a model folder."""
 
@@ -173,27 +175,24 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder}: no config.json; --model takes a folder in the Hugging Face layout")
     check_files(folder, READ_SUFFIXES)
     config = parse_object(read_bytes(folder, path.name, MAX_CONFIG_BYTES), str(path))
-    _refuse_code(folder, config)
-    if str(config.get("model_type")) not in {*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, *OTHER_CLASSES}:
-        raise InputError(
-            f"{folder}: model_type {config.get('model_type')!r} is not a vision-language model that transformers knows"
-        )
+    check_code(folder)
+    _check_type(folder, config)
     _check_numbers(path, config)
     return config
 
 
-def _refuse_code(folder: Path, config: Mapping[str, Any]) -> None:
-    """InputError if a file names Python code of its own: none is ever run here, so there is nothing to allow."""
-    named = ["config.json"] if "auto_map" in config else []
-    for name in PROCESSOR_FILES:
-        if os.path.lexists(folder / name):
-            found = parse_object(read_bytes(folder, name, MAX_CONFIG_BYTES), str(folder / name))
-            named += [name] if "auto_map" in found else []
-    if named:
-        raise InputError(
-            f"{folder / named[0]}: names code of its own (auto_map), which guardfold never runs; "
-            "remove the entry if transformers knows the model without it"
-        )
+def _check_type(folder: Path, config: Mapping[str, Any]) -> None:
+    """InputError unless transformers knows the model type, or code of the model's own (then trusted) brings it."""
+    if not isinstance(config.get("auto_map", {}), dict):
+        raise InputError(f"{folder / 'config.json'}: auto_map is not an object")
+    if str(config.get("model_type")) in {*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, *OTHER_CLASSES}:
+        return
+    where = f"{folder}: model_type {config.get('model_type')!r} is not a vision-language model that transformers knows"
+    if "auto_map" not in config:
+        raise InputError(where)
+    if "AutoConfig" not in config["auto_map"] or _own_class(config) is None:
+        names = ", ".join(each.__name__ for each in OWN_CLASSES)
+        raise InputError(f"{where}, and its auto_map names no AutoConfig or none of {names}")
 
 
 def _check_numbers(where: Path, value: Any, key: str = "") -> None:
@@ -212,7 +211,12 @@ def _check_numbers(where: Path, value: Any, key: str = "") -> None:
 
 def auto_class(config: Mapping[str, Any]) -> Any:
     """The auto class that builds and loads the vision-language model of a config.json."""
-    return OTHER_CLASSES.get(config["model_type"], AutoModelForImageTextToText)
+    return _own_class(config) or OTHER_CLASSES.get(config["model_type"], AutoModelForImageTextToText)
+
+
+def _own_class(config: Mapping[str, Any]) -> Any:
+    """The auto class by which code of the model's own is loaded; None where it names none with a head."""
+    return next((each for each in OWN_CLASSES if each.__name__ in config.get("auto_map", ())), None)
 
 
 def check_weights(folder: Path) -> None:
@@ -242,7 +246,7 @@ def load(folder: Path, device: str | None = None, dtype: torch.dtype | None = No
             dtype=dtype,
             use_safetensors=True,
             local_files_only=True,
-            trust_remote_code=False,
+            trust_remote_code=trusted(),
             output_loading_info=True,
         )
     except Exception as error:  # foreign files can break a constructor in any way
@@ -272,7 +276,7 @@ def threads_for(folder: Path) -> Iterator[None]:
 def load_processor(folder: Path) -> ProcessorMixin:
     """The processor in `folder`, padding on the left; InputError if there is none or its chat template fails."""
     try:
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted())
     except Exception as error:  # foreign files can break a tokenizer in any way
         raise InputError(f"{folder}: transformers cannot load its processor ({_first_line(error)})") from error
     if getattr(processor, "tokenizer", None) is None:
@@ -292,12 +296,14 @@ def meta_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMo
 
     auto = auto_class(read_config(folder))
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted())
         with init_empty_weights(include_buffers=False):
-            model = auto.from_config(config, dtype=dtype, experts_implementation="eager")
+            model = auto.from_config(config, dtype=dtype, experts_implementation="eager", trust_remote_code=trusted())
     except Exception as error:  # foreign numbers can break a constructor in any way
         reason = _first_line(error)
         raise InputError(f"{folder}: config.json describes no model that transformers can build ({reason})") from error
+    if not hasattr(model.config.get_text_config(), "hidden_size"):
+        raise InputError(f"{folder}: {type(model.config).__name__} names no text model with a hidden_size")
     model.tie_weights()
     return model.eval()
 

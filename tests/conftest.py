@@ -5,7 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+MODULES = TemporaryDirectory(prefix="guardfold-modules-")
+"""Where transformers keeps the code of models that come with some."""
+
+os.environ["HF_MODULES_CACHE"] = MODULES.name
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

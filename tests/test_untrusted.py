@@ -95,7 +95,7 @@ def test_code_of_a_models_own_is_refused(tmp_path: Path, name: str) -> None:
     folder = sound(tmp_path)
     held = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
     (folder / name).write_text(json.dumps({**held, "auto_map": {"AutoConfig": "code.Config"}}))
-    refused(folder, name, r"names code of its own \(auto_map\), which guardfold never runs")
+    refused(folder, name, r"names code of its own \(auto_map\), which is not run .* pass --trust-remote-code")
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from ..export.edits import Edit, Folded
 from ..export.fold import Fold
 from ..export.merge import NAME, updates
 from ..guard.errors import InputError
+from ..guard.trust import trusted
 from ..guard.vlm import auto_class
 from .integrity import LOAD_BELOW_BYTES, Integrity
 from .streaming import streamed
@@ -94,7 +95,7 @@ def attach(model: PreTrainedModel, folder: Path) -> Any:
 def _base(source: Checkpoint, dtype: torch.dtype | None = None) -> Any:
     """The model of `source` as transformers loads it, in its own dtype by default."""
     return auto_class(source.config).from_pretrained(
-        source.folder, dtype=dtype or "auto", local_files_only=True, use_safetensors=True, trust_remote_code=False
+        source.folder, dtype=dtype or "auto", local_files_only=True, use_safetensors=True, trust_remote_code=trusted()
     )
 
 

@@ -12,6 +12,7 @@ from transformers import TextStreamer
 from ..export.onnx.layout import precisions
 from ..guard.errors import InputError
 from ..guard.prompts import Prompt, encode, load_image
+from ..guard.trust import trusting_if_asked
 from ..guard.vlm import VLM, load, resolve
 from .runner import Runner, graphs_in
 
@@ -19,6 +20,7 @@ RUNTIMES = ("torch", "onnx")
 Say = Callable[[str], None]
 
 
+@trusting_if_asked
 def answer(
     model: str,
     text: str,
@@ -29,11 +31,13 @@ def answer(
     precision: str | None = None,
     provider: str = "auto",
     most: int = 256,
+    trust_remote_code: bool = False,
 ) -> None:
     """Calls `say` with the pieces of the most likely answer to `text` (about the picture `image`), as they are made.
 
     runtime: torch or onnx; by default torch where there are safetensors.  precision: which graphs, by default the
-    first there are.  most: tokens.  Raises InputError for a model or picture that cannot be used.
+    first there are.  most: tokens.  trust_remote_code: run code that comes with the model.  Raises InputError for a
+    model or picture that cannot be used.
     """
     folder, _ = resolve(model)
     if runtime not in (None, *RUNTIMES):

@@ -15,6 +15,7 @@ from ..export.fold import Fold
 from ..export.names import Layout
 from ..export.writers import Family
 from ..guard.progress import track
+from ..guard.trust import trusted
 from ..guard.vlm import auto_class, meta_model
 
 COMPARE_BYTES = 16 * 2**20
@@ -96,7 +97,7 @@ def _load(folded: Checkpoint, added: set[str]) -> tuple[str, list[str]]:
     """What from_pretrained says; tensors that it finds superfluous are no problem unless they were `added`."""
     try:
         loaded: Any = auto_class(folded.config).from_pretrained(
-            folded.folder, output_loading_info=True, local_files_only=True, trust_remote_code=False
+            folded.folder, output_loading_info=True, local_files_only=True, trust_remote_code=trusted()
         )
     except Exception as error:  # foreign files can break a constructor in any way
         return "from_pretrained", [f"transformers cannot load the folder: {error}"]

@@ -28,6 +28,8 @@ def path_of(model: PreTrainedModel) -> VisionPath:
     kind = model.config.model_type
     if kind not in PATHS:
         raise InputError(f"--format onnx: family {kind!r} has no ONNX graphs yet; known: {', '.join(sorted(PATHS))}")
+    if not type(model).__module__.startswith("transformers."):
+        raise InputError(f"--format onnx: {type(model).__name__} is code of the model's own, which has no ONNX graphs")
     if PATHS[kind].prefix and "sliding_attention" in (
         getattr(model.config.get_text_config(), "layer_types", None) or ()
     ):
