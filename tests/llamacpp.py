@@ -49,6 +49,9 @@ OPTIONS = (
 TOOLS = ("llama-server", "llama-quantize")
 QUANTISATIONS = ("f32", "f16", "q8_0", "q4_k_m")
 SLOTS, CONTEXT = 8, 256
+EXACT = ("--cache-type-k", "f32", "--cache-type-v", "f32", "--flash-attn", "off")
+"""Attention in float32; what llama-server does without these options decides a near tie otherwise now and then."""
+
 PIP = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
 
 TEMPLATE = (
@@ -151,10 +154,12 @@ class LlamaCpp:
             shutil.move(vision / "mmproj-model-f32.gguf", gguf)
 
     @contextmanager
-    def serve(self, gguf: Path, tower: Path | None = None, template: str | None = None) -> Iterator[str]:
+    def serve(
+        self, gguf: Path, tower: Path | None = None, template: str | None = None, options: Sequence[str] = ()
+    ) -> Iterator[str]:
         """The URL of a llama-server, one thread, SLOTS prompts of up to CONTEXT tokens at a time."""
         command: list[str | Path] = [self.tools / "llama-server", "-m", gguf, "--no-ui", "--threads", "1"]
-        command += ["--parallel", str(SLOTS), "--ctx-size", str(SLOTS * CONTEXT)]
+        command += ["--parallel", str(SLOTS), "--ctx-size", str(SLOTS * CONTEXT), *options]
         with TemporaryDirectory() as scratch:
             if tower:
                 command += ["--mmproj", tower]

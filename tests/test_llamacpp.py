@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from llamacpp import QUANTISATIONS, SLOTS, TEMPLATE, LlamaCpp, compare, complete, tokenised
+from llamacpp import EXACT, QUANTISATIONS, SLOTS, TEMPLATE, LlamaCpp, compare, complete, tokenised
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from guardfold.guard.images import IMAGE_KINDS
@@ -136,7 +136,7 @@ def test_the_guard_survives(kind: str, llama: LlamaCpp, models: dict[str, Path],
 def test_biased_mlps_of_odd_widths_load(width: int, llama: LlamaCpp, tmp_path: Path) -> None:
     """The same tokens in float32; in 4 bits, what does not fit falls back to a wider type, and loads."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 128, "intermediate_size": width, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes: Any = {"hidden_size": 128, "intermediate_size": width, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlamaConfig(vocab_size=832, mlp_bias=True, max_position_embeddings=256, initializer_range=0.3, **sizes)
     model: Any = LlamaForCausalLM(config).eval()
     for name, parameter in model.named_parameters():
@@ -146,7 +146,7 @@ def test_biased_mlps_of_odd_widths_load(width: int, llama: LlamaCpp, tmp_path: P
     for name in TOKENIZER:
         shutil.copy(DEMO / name, tmp_path / "model")
     llama.quantise(tmp_path / "model", tmp_path / "f32.gguf", "f32")
-    with llama.serve(tmp_path / "f32.gguf") as url:
+    with llama.serve(tmp_path / "f32.gguf", options=EXACT) as url:
         for start in range(3, 43):
             prompt = [1, *range(start, 800, 60)]
             made = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=24)
