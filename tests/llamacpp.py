@@ -98,13 +98,13 @@ class LlamaCpp:
         """The packages of TOWER_NEEDS."""
         return self.folder / "lent"
 
-    def build(self, jobs: int = 2) -> None:
+    def build(self) -> None:
         """Makes what the folder lacks. AssertionError if something for that is missing or fails."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self.source.is_dir():
             self._unpack()
         if not all((self.tools / name).is_file() for name in TOOLS):
-            self._compile(jobs)
+            self._compile()
         if not self.lent.is_dir():
             self._borrow()
 
@@ -117,12 +117,12 @@ class LlamaCpp:
                 archive.extractall(fresh, filter="data")
             (Path(fresh) / RELEASE).rename(self.folder / RELEASE)
 
-    def _compile(self, jobs: int) -> None:
+    def _compile(self) -> None:
         for needed in ("cmake", "c++"):
             assert shutil.which(needed), f"llama.cpp cannot be built here: {needed} is not installed"
         place = self.tools.parent
         run("cmake", "-S", self.source, "-B", place, *OPTIONS)
-        run("cmake", "--build", place, "--parallel", str(jobs), "--target", *TOOLS)
+        run("cmake", "--build", place, "--parallel", str(os.cpu_count() or 1), "--target", *TOOLS)
 
     def _borrow(self) -> None:
         with TemporaryDirectory(dir=self.folder) as fresh:
