@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import pytest
+from serving import running
 
 from guardfold.guard.images import IMAGE_KINDS
 from guardfold.guard.vlm import load
@@ -25,34 +20,16 @@ from guardfold.validators.judge import PhraseJudge
 from guardfold.validators.probes import load_probes
 
 pytestmark = pytest.mark.serve
-STARTUP = 180
 SERVE = "import sys; from transformers.cli.transformers import main; sys.argv[0] = 'transformers'; main()"
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a server of the demo's folder."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    command = [sys.executable, "-c", SERVE, "serve", str(DEMO), "--dtype", "float32", "--device", "cpu"]
     log = tmp_path_factory.mktemp("serve") / "log"
-    command = [sys.executable, "-c", SERVE, "serve", str(DEMO), "--host", "127.0.0.1", "--port", str(port)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    with log.open("w") as out:
-        options = ["--dtype", "float32", "--device", "cpu"]
-        process = subprocess.Popen([*command, *options], stdout=out, stderr=out, env=environment)
-    try:
-        for _ in range(2 * STARTUP):
-            assert process.poll() is None, log.read_text()[-2000:]
-            try:
-                urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except (URLError, OSError):
-                time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        process.terminate()
-        process.wait()
+    with running(command, log, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1") as url:
+        yield f"{url}/v1"
 
 
 def test_what_is_served_does_what_the_weights_do(served: str, tmp_path: Path) -> None:
