@@ -39,6 +39,9 @@ REPAIRED = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 CANDIDATES, FINE = 512, 64
 
+SPARE = 2**18
+"""Entries that candidates may be where columns are few, as in a bias: so many cost next to nothing."""
+
 ROUNDS = 2
 """Of multipliers; a third hardly improves on the second, for the last step finishes what is left."""
 
@@ -86,11 +89,12 @@ def repaired(folded: Folded, dtype: torch.dtype, basis: Tensor, axis: int) -> It
     return _by_rows(folded, dtype, basis) if axis == 0 else _by_slices(folded, dtype, basis, axis)
 
 
-def candidates(basis: Tensor) -> Tensor:
-    """Which of the d rows make up for the others, in their order: all of them if d <= CANDIDATES."""
+def candidates(basis: Tensor, columns: int) -> Tensor:
+    """Which of the d rows make up for the others, in their order: all of them if d <= CANDIDATES or columns are few."""
     order = basis.norm(dim=0).argsort(descending=True)
-    if len(order) > CANDIDATES:
-        large, others = order[: CANDIDATES - FINE], order[CANDIDATES - FINE :]
+    count = max(CANDIDATES, SPARE // max(1, columns))
+    if len(order) > count:
+        large, others = order[: count - FINE], order[count - FINE :]
         order = torch.cat([large, others[torch.linspace(0, len(others) - 1, FINE).long()]])
     return order.sort().values
 
@@ -103,7 +107,7 @@ def _others(basis: Tensor, chosen: Tensor) -> Tensor:
 def _by_rows(folded: Folded, dtype: torch.dtype, basis: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Along the first axis R is known after the last row: candidates are held back until then."""
     columns = torch.Size(folded.shape[1:]).numel()
-    chosen = candidates(basis)
+    chosen = candidates(basis, columns)
     others = _others(basis, chosen)
     held, residual = torch.empty(len(chosen), columns), torch.zeros(len(basis), columns)
     for first, last in row_blocks(folded.shape):
@@ -127,7 +131,7 @@ def _by_slices(folded: Folded, dtype: torch.dtype, basis: Tensor, axis: int) -> 
     """Along any other axis each slice of the first is a matrix of its own; about SLICE_COLUMNS columns at a time."""
     count, width = folded.shape[0], basis.shape[1]
     per_slice = torch.Size(folded.shape[1:]).numel() // width
-    chosen = candidates(basis)
+    chosen = candidates(basis, count * per_slice)
     others = _others(basis, chosen)
     together = min(count, max(1, SLICE_COLUMNS // max(1, per_slice)))
     buffer = torch.empty(together, *folded.shape[1:], dtype=dtype)
@@ -185,7 +189,7 @@ def _finish(rounded: Tensor, exact: Tensor, basis: Tensor, residual: Tensor) -> 
     squares = basis.square().sum(0)
     order = squares.argsort(descending=True)
     order = order[squares[order] > NO_DIRECTION]
-    count = min(len(order), max(FINISHING, FINISHING_A_RANK * len(basis)))
+    count = min(len(order), max(FINISHING, FINISHING_A_RANK * len(basis), SPARE // max(1, exact.shape[1])))
     order = order[torch.linspace(0, len(order) - 1, count).long()]
     prices = PRICE * (1 - torch.arange(count) / (PRICED * count)).clamp(min=0)
     for first in range(0, rounded.shape[1], FINISHED):

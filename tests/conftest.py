@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-MODULES = TemporaryDirectory(prefix="guardfold-modules-")
-"""Where transformers keeps the code of models that come with some."""
-
-os.environ["HF_MODULES_CACHE"] = MODULES.name
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="guardfold-modules-")  # of models that come with code
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -22,6 +21,7 @@ from zoo import Tiny
 
 from guardfold.guard.vlm import VLM, load
 
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 torch.set_num_threads(1)
 logging.set_verbosity_error()
 logging.disable_progress_bar()

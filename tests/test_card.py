@@ -15,7 +15,8 @@ from zoo import random_basis
 from guardfold.export.card import Source, write_card
 from guardfold.guard.guard import Guard
 from guardfold.guard.interventions import SublayerProjection
-from guardfold.pipeline import GuardOptions, _command
+from guardfold.pipeline import GuardOptions
+from guardfold.pipeline.describing import _command
 
 GUARD = Guard((SublayerProjection({1: random_basis(1, 32)}),))
 SECTIONS = (

@@ -162,13 +162,14 @@ def test_a_bias_is_repaired_as_a_matrix_of_one_column() -> None:
     assert made.leak(made.repaired) <= 1e-5
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_a_bias_of_equal_numbers_is_repaired_too(seed: int) -> None:
-    """All its steps are equal, so only small |v_i| take away what is left; a random direction has a component of 1."""
-    basis = random_basis(1, 4096, seed)
+@pytest.mark.parametrize(("rank", "left"), [(1, 1e-6), (2, 5e-6), (4, 2e-5), (8, 4e-5)])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_bias_of_equal_numbers_is_repaired_too(seed: int, rank: int, left: float) -> None:
+    """All its steps are equal, so only small |v_i| take away what is left. 1: what a random direction has of it."""
+    basis = random_basis(rank, 4096, seed)
     made = _Rounded(torch.ones(4096, dtype=torch.bfloat16), [ProjectRows(basis, 1.0)], basis, 0)
     assert made.leak(made.nearest) * made.component > 1e-4
-    assert made.leak(made.repaired) * made.component <= 5e-6
+    assert made.leak(made.repaired) * made.component <= left * rank**0.5
 
 
 def test_what_a_gate_writes_after_the_projection_is_kept() -> None:
@@ -242,9 +243,11 @@ def test_a_repair_does_not_overflow() -> None:
 
 
 def test_candidates_are_all_rows_or_the_largest_and_a_spread_of_the_others() -> None:
-    assert candidates(random_basis(2, CANDIDATES)).tolist() == list(range(CANDIDATES))
+    many = 10**5
+    assert candidates(random_basis(2, CANDIDATES), many).tolist() == list(range(CANDIDATES))
     basis = random_basis(2, 3000)
-    chosen = candidates(basis).tolist()
+    assert candidates(basis, 1).tolist() == list(range(3000))
+    chosen = candidates(basis, many).tolist()
     assert len(chosen) == CANDIDATES == len(set(chosen))
     ranked = basis.norm(dim=0).argsort(descending=True).tolist()
     assert set(ranked[: CANDIDATES - FINE]) <= set(chosen)

@@ -22,6 +22,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from zoo import Tiny, random_basis
 
 from guardfold.export.checkpoint import Checkpoint
+from guardfold.export.formats import Formats
 from guardfold.export.hub import Target, push
 from guardfold.export.verify import verify
 from guardfold.guard import trust
@@ -34,7 +35,6 @@ from guardfold.guard.prompts import Prompt, encode
 from guardfold.guard.trust import trusted, trusting
 from guardfold.guard.vlm import auto_class, load, meta_model, read_config
 from guardfold.pipeline import (
-    Formats,
     GuardOptions,
     check_guarded,
     export_guarded,

@@ -1,0 +1,117 @@
+"""guardfold check: what a guarded folder or a server does, measured afresh."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..export.adapter import CONFIG_FILE, adapters, without
+from ..export.card import GUARD_FILE, written_rounding
+from ..export.checkpoint import Checkpoint
+from ..export.fold import fold
+from ..export.writers import family_of
+from ..guard.errors import InputError
+from ..guard.guard import Guard
+from ..guard.trust import trusting_if_asked
+from ..guard.vlm import resolve, threads_for
+from ..validators.adapted import Adapted
+from ..validators.behaviour import Behaviour, observe
+from ..validators.check import NOT_MEASURED, Evidence, examine
+from ..validators.endpoint import Endpoint
+from ..validators.judge import ModelJudge, PhraseJudge
+from ..validators.probes import Asked, load_probes
+from ..validators.recorded import recall
+from ..validators.verdict import Verdict, judge_guard
+from .sources import based_on
+
+
+@trusting_if_asked
+def check_guarded(
+    folder: Path,
+    against: str,
+    *,
+    probes: Asked = None,
+    qa: Path | None = None,
+    judge: str | None = None,
+    skip_behaviour: bool = False,
+    family_file: Path | None = None,
+    adapter: str | None = None,
+    trust_remote_code: bool = False,
+) -> Evidence:
+    """The evidence about the guarded `folder`, weights or adapters, measured afresh against the model that it was made
+    from; with `adapter`, that is `against` after merging it.
+
+    Raises InputError if either cannot be loaded or `folder` brings no guard file.
+    """
+    base, guard = resolve(against), Guard.load(folder / GUARD_FILE)
+    rounding = written_rounding(folder)
+    with based_on(*base, adapter, folder.parent, family_file) as (_, origin), threads_for(origin):
+        checkpoint = Checkpoint.open(origin)
+        family = family_of(checkpoint, family_file)
+        edits = fold(guard, family, checkpoint.shapes, checkpoint.read)
+        folded: Checkpoint | Adapted
+        if (folder / CONFIG_FILE).is_file():
+            edits = without(edits, adapters(checkpoint, family, edits)[1])
+            folded = Adapted(checkpoint, folder)
+        else:
+            folded = Checkpoint.open(folder)
+        asked = None if skip_behaviour else load_probes(origin, probes, qa)
+        decides = ModelJudge(judge) if judge else None
+        return examine(checkpoint, folded, family, guard, edits, rounding, asked, decides)
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a served model does, what its baseline does where there is one, and the verdict that follows."""
+
+    endpoint: Endpoint
+    behaviour: Behaviour
+    baseline: Behaviour | None
+    verdict: Verdict | None
+
+    def figures(self) -> dict[str, Any]:
+        """Everything measured, as JSON; no answers."""
+        return {
+            "guardfold": __version__,
+            "endpoint": self.endpoint.address,
+            "model": self.endpoint.model,
+            "ruling": self.verdict.ruling if self.verdict else NOT_MEASURED,
+            "verdict": self.verdict.figures() if self.verdict else None,
+            "served": self.behaviour.figures(),
+            "original": self.baseline.figures() if self.baseline else None,
+        }
+
+
+def check_served(
+    endpoint: Endpoint,
+    *,
+    baseline: Endpoint | None = None,
+    folder: Path | None = None,
+    probes: Asked = None,
+    qa: Path | None = None,
+    judge: str | None = None,
+    report: Path | None = None,
+) -> Served:
+    """The behaviour of what an endpoint serves. The verdict is against `baseline`, else against what the report of the
+    exported `folder` has of its original, else there is none.
+
+    folder: also brings its own probes.  report: a JSON file to write the figures to.  Raises InputError if the server,
+    the probes or the folder cannot be used.
+    """
+    if folder and not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    if report and not report.parent.is_dir():
+        raise InputError(f"{report.parent}: no such folder")
+    asked = load_probes(folder, probes, qa)
+    decides = ModelJudge(judge) if judge else PhraseJudge(asked.refusal)
+    before = observe(baseline, asked, decides, "baseline") if baseline else None
+    now = observe(endpoint, asked, decides, "served")
+    if before is None and folder:
+        before = recall(folder, asked, decides.name, now)
+    served = Served(endpoint, now, before, judge_guard(before, now) if before else None)
+    if report:
+        report.write_text(json.dumps(served.figures(), indent=2) + "\n", encoding="utf-8")
+    return served

@@ -1,0 +1,48 @@
+"""guardfold extract: a guard alone, as a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..guard.errors import InputError
+from ..guard.guard import Guard
+from ..guard.trust import trusting_if_asked
+from ..guard.vlm import resolve
+from ..validators.making import PRESETS, GuardOptions, guard_of
+from .sources import based_on
+
+
+@trusting_if_asked
+def extract_guard(model: str, options: GuardOptions | None = None, *, trust_remote_code: bool = False) -> Guard:
+    """The guard that `options` describe: read from a file, or made from `model` (demo, alias, hub id or folder).
+
+    Raises InputError for a model or prompts that cannot be used, layers out of range, or a rank above the anchors, and
+    Refused if no candidate is within the limits or the detector cannot tell harmful prompts apart.
+    """
+    return guard_of(*resolve(model), options or GuardOptions())
+
+
+@trusting_if_asked
+def extract_to(
+    output: Path,
+    model: str,
+    options: GuardOptions,
+    *,
+    overwrite: bool = False,
+    adapter: str | None = None,
+    trust_remote_code: bool = False,
+) -> Guard:
+    """Extracts a guard into the file `output`, from `model` or, with `adapter`, from `model` after merging it.
+
+    Raises InputError if the file exists (without `overwrite`) or cannot be.
+    """
+    if output.exists() and not (overwrite and output.is_file()):
+        raise InputError(f"{output}: exists already; choose another --output or pass --overwrite")
+    if not output.parent.is_dir():
+        raise InputError(f"{output.parent}: no such folder")
+    if options.guard not in PRESETS:
+        raise InputError(f"--guard {options.guard}: extraction takes a preset ({', '.join(PRESETS)})")
+    with based_on(*resolve(model), adapter, output.parent, options.family) as (source, base):
+        guard = guard_of(base, source.title, options)
+    guard.save(output)
+    return guard
