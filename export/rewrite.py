@@ -1,7 +1,7 @@
 """The streaming rewriter: a checkpoint's bytes go from folder to folder in one pass, edited tensors in blocks of rows.
 
-A few threads pull ranges in the order of the files: runs of unedited tensors, which the kernel copies, and edited
-tensors, which are read, folded, rounded and written block by block. Unedited tensors stay identical; so does the
+A few threads pull ranges, each from a file of its own if it can: runs of unedited tensors, which the kernel copies, and
+edited tensors, which are read, folded, rounded and written block by block. Unedited tensors stay identical; so does the
 header unless shapes change. Nothing is ever held whole, so memory does not grow with the model.
 """
 
@@ -74,10 +74,9 @@ def rewrite(
     copied = [plan for plan in plans if not (plan.untouched and _linked(plan, how.link))]
     check_room(target.parent, sum(plan.size for plan in copied))
     report = _one_at_a_time(advance)
-    tasks = []
     for plan in copied:
         plan.begin()
-        tasks += [partial(plan.transfer, run, how.rounding, report) for run in plan.runs()]
+    tasks = [[partial(plan.transfer, run, how.rounding, report) for run in plan.runs()] for plan in copied]
     map_blocks_from(LARGE_BYTES)
     with one_torch_thread():
         in_threads(tasks, how.jobs)

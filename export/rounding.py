@@ -51,20 +51,23 @@ FINISHING, FINISHING_A_RANK = 256, 64
 PRICE, PRICED = 2.0, 0.3
 """What the error costs at first, and the share of those candidates to which it costs anything."""
 
-COLUMNS = 1024
+COLUMNS = 512
 """Columns whose multipliers are found together: with their candidates, they stay in the cache."""
 
 FINISHED = 16384
 """Columns that the last step takes together: enough to amortise the calls for each candidate."""
 
-TOGETHER = 32
+TOGETHER = 16
 """Candidates whose steps are computed together."""
 
 SLICE_COLUMNS = 4096
 """Columns held until they are repaired, of embeddings and experts: [4096, 4096] in two bytes each are 32 MB."""
 
-NO_DIRECTION = 1e-12
-"""Candidates with a smaller |v_i|^2 remove nothing; dividing by it would overflow."""
+ERRORS = torch.bfloat16
+"""Rounding errors are kept in this dtype: three digits are enough to tell cheap moves from dear ones."""
+
+NO_DIRECTION = 1e-6
+"""Candidates with a smaller |v_i| remove nothing; dividing by its square would overflow."""
 
 EXPONENT = 0x7F800000
 """Keeps of a float32's bits those of its power of two."""
@@ -122,9 +125,9 @@ def _by_rows(folded: Folded, dtype: torch.dtype, basis: Tensor) -> Iterator[tupl
             if row > start:
                 yield first + start, rounded[start:row].reshape(-1, *folded.shape[1:])
             start = row + 1
-    mended = repair(held, dtype, basis[:, chosen], residual)
+    repair(held, dtype, basis[:, chosen], residual)
     for place, row in enumerate(chosen.tolist()):
-        yield row, mended[place].reshape(1, *folded.shape[1:])
+        yield row, held[place].to(dtype).reshape(1, *folded.shape[1:])
 
 
 def _by_slices(folded: Folded, dtype: torch.dtype, basis: Tensor, axis: int) -> Iterator[tuple[int, Tensor]]:
@@ -146,23 +149,27 @@ def _by_slices(folded: Folded, dtype: torch.dtype, basis: Tensor, axis: int) -> 
             part = slice(first * per_slice, last * per_slice)
             residual[:, part] = others @ error.movedim(axis, 0).reshape(width, -1)
         turned = held.movedim(axis, 0)
-        mended = repair(turned.flatten(1), dtype, basis[:, chosen], residual)
-        yield start, rounded.index_copy_(axis, chosen, mended.reshape(turned.shape).movedim(0, axis))
+        columns = turned.flatten(1)
+        repair(columns, dtype, basis[:, chosen], residual)
+        mended = columns.reshape(turned.shape).movedim(0, axis)
+        yield start, rounded.index_copy_(axis, chosen, mended.to(dtype))
 
 
-def repair(exact: Tensor, dtype: torch.dtype, basis: Tensor, residual: Tensor) -> Tensor:
-    """The candidates in `dtype`, rounded so that R becomes as small as it can.
+def repair(held: Tensor, dtype: torch.dtype, basis: Tensor, residual: Tensor) -> None:
+    """Rounds candidates to numbers that `dtype` has, so that R becomes as small as it can.
 
-    exact: [K, n], float32.  basis: V, [m, K].  residual: R of all rows but these, [m, n]; it becomes that of all.
+    held: [K, n], float32; changed in place, for a second copy would count.  basis: V, [m, K].  residual: R of all rows
+    but these, [m, n]; it becomes that of all.
     """
-    rounded = torch.empty_like(exact, dtype=dtype)
     inverse = torch.linalg.pinv(basis @ basis.T, hermitian=True)
-    for first in range(0, exact.shape[1], COLUMNS):
+    order = _finishing(basis, held.shape[1])
+    errors = torch.empty(len(order), held.shape[1], dtype=ERRORS)
+    for first in range(0, held.shape[1], COLUMNS):
         part = slice(first, first + COLUMNS)
-        found = _by_multipliers(exact[:, part], dtype, basis, inverse, residual[:, part])
-        rounded[:, part], residual[:, part] = found
-    _finish(rounded, exact, basis, residual)
-    return rounded
+        rounded, residual[:, part] = _by_multipliers(held[:, part], dtype, basis, inverse, residual[:, part])
+        errors[:, part] = rounded[order].float().sub_(held[order, part])
+        held[:, part] = rounded
+    _finish(held, errors, dtype, basis, order, residual)
 
 
 def _by_multipliers(
@@ -184,43 +191,47 @@ def _by_multipliers(
     return rounded, residual
 
 
-def _finish(rounded: Tensor, exact: Tensor, basis: Tensor, residual: Tensor) -> None:
-    """The third step of the module's: `rounded` and `residual` in place."""
-    squares = basis.square().sum(0)
-    order = squares.argsort(descending=True)
-    order = order[squares[order] > NO_DIRECTION]
-    count = min(len(order), max(FINISHING, FINISHING_A_RANK * len(basis), SPARE // max(1, exact.shape[1])))
-    order = order[torch.linspace(0, len(order) - 1, count).long()]
-    prices = PRICE * (1 - torch.arange(count) / (PRICED * count)).clamp(min=0)
-    for first in range(0, rounded.shape[1], FINISHED):
+def _finishing(basis: Tensor, columns: int) -> Tensor:
+    """Which candidates take the third step of the module's, the largest |v_i| first."""
+    norms = basis.norm(dim=0)
+    order = norms.argsort(descending=True)
+    order = order[norms[order] > NO_DIRECTION]
+    count = min(len(order), max(FINISHING, FINISHING_A_RANK * len(basis), SPARE // max(1, columns)))
+    return order[torch.linspace(0, len(order) - 1, count).long()]
+
+
+def _finish(held: Tensor, errors: Tensor, dtype: torch.dtype, basis: Tensor, order: Tensor, residual: Tensor) -> None:
+    """The third step of the module's, by the candidates in `order`, whose W' - W is `errors`; changes all in place."""
+    prices = PRICE * (1 - torch.arange(len(order)) / (PRICED * len(order))).clamp(min=0)
+    for first in range(0, held.shape[1], FINISHED):
         part = slice(first, first + FINISHED)
         rest = residual[:, part].contiguous()
-        for chosen, price in zip(order.split(TOGETHER), prices.split(TOGETHER), strict=True):
-            values = rounded[chosen, part]
-            errors = values.float().sub_(exact[chosen, part])
-            rounded[chosen, part] = _moved(values, errors, basis[:, chosen], squares[chosen], price, rest)
+        for start in range(0, len(order), TOGETHER):
+            some = slice(start, start + TOGETHER)
+            chosen = order[some]
+            values, error = held[chosen, part], errors[some, part].float()
+            held[chosen, part] = _moved(values, error, dtype, basis[:, chosen], prices[some], rest)
         residual[:, part] = rest
 
 
-def _moved(values: Tensor, errors: Tensor, basis: Tensor, squares: Tensor, prices: Tensor, residual: Tensor) -> Tensor:
+def _moved(
+    values: Tensor, errors: Tensor, dtype: torch.dtype, basis: Tensor, prices: Tensor, residual: Tensor
+) -> Tensor:
     """`values` [k, n] after each row in turn moved to make up for `residual` [m, n], which is brought up to date."""
-    limits = torch.finfo(values.dtype)
-    exact = values.float()
-    power = (exact.view(torch.int32) & EXPONENT).view(torch.float32)
-    if values.dtype == torch.float16:
+    limits = torch.finfo(dtype)
+    power = (values.view(torch.int32) & EXPONENT).view(torch.float32)
+    if dtype == torch.float16:
         power.clamp_(min=limits.tiny)
     inverse = (EXPONENT_OF_INVERSE - power.view(torch.int32)).view(torch.float32).unbind()
     steps = power.mul_(limits.eps).unbind()
     shares = 1 / (1 + prices) / limits.eps
-    wanting = (basis * shares / squares).T.contiguous().unbind()
+    wanting = (basis * shares / basis.square().sum(0)).T.contiguous().unbind()
     pulls = errors.mul_((prices * shares)[:, None]).unbind()
-    moves = torch.empty_like(exact)
+    moves = torch.empty_like(values)
     for number, (move, v) in enumerate(zip(moves.unbind(), basis.T.contiguous().unbind(), strict=True)):
         torch.addmv(pulls[number], residual.T, wanting[number], out=move)
         move.mul_(inverse[number]).round_().clamp_(-1, 1).mul_(steps[number])
         residual.addr_(v, move, alpha=-1)
-    lowest, highest = torch.aminmax(exact)
-    exact.sub_(moves)
-    if limits.min <= lowest and highest <= limits.max:  # else it is not finite, and stays so for the writer to see
-        exact.clamp_(limits.min, limits.max)
-    return exact.to(values.dtype)
+    finite = limits.min <= values.amin() and values.amax() <= limits.max  # else the writer is to see it
+    moved = values.sub_(moves)
+    return moved.clamp_(limits.min, limits.max) if finite else moved

@@ -82,22 +82,34 @@ def one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def in_threads(tasks: Sequence[Callable[[], None]], jobs: int) -> None:
-    """Runs `tasks`, begun in their order, in `jobs` threads. Raises what the first failing one raised, others stop."""
-    waiting, lock, stop = iter(tasks), threading.Lock(), threading.Event()
+def in_threads(queues: Sequence[Sequence[Callable[[], None]]], jobs: int) -> None:
+    """Runs the tasks of `queues` in `jobs` threads, those of a queue begun in their order. Raises what the first
+    failing one raised; others stop.
+
+    A thread takes from the queue that the fewest are at, of those the longest, for a queue writes one file, and a file
+    takes one write at a time: two threads that copied into the same one were slower than one alone (measured on ext4).
+    """
+    waiting, at_work = [list(reversed(queue)) for queue in queues], [0] * len(queues)
+    lock, stop = threading.Lock(), threading.Event()
     failures: list[BaseException] = []
 
     def work() -> None:
         while not stop.is_set():
             with lock:
-                task = next(waiting, None)
-            if task is None:
-                return
+                queue = min(
+                    (each for each, tasks in enumerate(waiting) if tasks), key=at_work.__getitem__, default=None
+                )
+                if queue is None:
+                    return
+                task = waiting[queue].pop()
+                at_work[queue] += 1
             try:
                 task()
             except BaseException as error:
                 failures.append(error)
                 stop.set()
+            with lock:
+                at_work[queue] -= 1
 
     threads = [threading.Thread(target=work, daemon=True) for _ in range(max(1, jobs))]
     try:

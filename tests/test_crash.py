@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -323,7 +324,7 @@ def test_an_interrupted_command_ends_with_130_one_line_and_nothing_left(tmp_path
         monkeypatched = rewriter.in_threads
 
         def slow(tasks: Any, jobs: int) -> None:
-            monkeypatched([lambda: time.sleep(0.2), *tasks], jobs)
+            monkeypatched([[lambda: time.sleep(0.2)], *tasks], jobs)
             time.sleep(60)
 
         rewriter.in_threads = slow
@@ -356,8 +357,24 @@ def test_threads_stop_at_the_first_failure_and_say_what_it_was() -> None:
         return work
 
     with pytest.raises(InputError, match="the third"):
-        rewriter.in_threads([task(number) for number in range(1000)], 1)
+        rewriter.in_threads([[task(number) for number in range(1000)]], 1)
     assert done == [0, 1, 2]
     done.clear()
-    rewriter.in_threads([task(number) for number in range(10, 500)], 4)
+    rewriter.in_threads([[task(number) for number in range(first, 500, 3)] for first in (10, 11, 12)], 4)
     assert sorted(done) == list(range(10, 500))
+
+
+def test_two_threads_write_two_files_as_long_as_there_are_two() -> None:
+    at_work: list[str] = []
+    together: list[list[str]] = []
+
+    def task(file: str) -> None:
+        at_work.append(file)
+        together.append(sorted(at_work))
+        time.sleep(0.01)
+        at_work.remove(file)
+
+    rewriter.in_threads([[partial(task, file)] * 5 for file in "abc"], 2)
+    both = [files for files in together if len(files) == 2]
+    assert len(both) >= 10
+    assert sum(one == other for one, other in both) <= 1
