@@ -96,11 +96,10 @@ def in_threads(queues: Sequence[Sequence[Callable[[], None]]], jobs: int) -> Non
     def work() -> None:
         while not stop.is_set():
             with lock:
-                queue = min(
-                    (each for each, tasks in enumerate(waiting) if tasks), key=at_work.__getitem__, default=None
-                )
-                if queue is None:
+                left = [(at_work[number], -len(tasks), number) for number, tasks in enumerate(waiting) if tasks]
+                if not left:
                     return
+                *_, queue = min(left)
                 task = waiting[queue].pop()
                 at_work[queue] += 1
             try:
