@@ -23,6 +23,10 @@ CONFIG_FILES = (
 AUDIO = "audio_tokenizer"
 """What a processor calls a model that lies elsewhere, and that transformers would load from there."""
 
+IMPLEMENTATION = "_implementation"
+"""End of a key that says how attention or experts are computed; a repository's name makes transformers fetch a kernel.
+"""
+
 MAX_CONFIG_BYTES = 16 * 2**20
 MAX_CODE_BYTES = 16 * 2**20
 REFERENCE = re.compile(r"([\w\-]+)\.\w+")
@@ -92,6 +96,7 @@ def _objects(folder: Path, name: str) -> Iterator[dict[str, Any]]:
 def check_code(folder: Path) -> None:
     """InputError if a config file of `folder` names code that is not trusted, or anything not in the folder itself."""
     _refuse_audio(folder)
+    _refuse_kernels(folder)
     named = code_of(folder)
     if not trusted():
         for name in named:
@@ -117,6 +122,16 @@ def _refuse_audio(folder: Path) -> None:
         raise InputError(
             f"{where}: names a model outside the folder ({AUDIO}), which is never loaded; remove the entry"
         )
+
+
+def _refuse_kernels(folder: Path) -> None:
+    for name in filter(lambda each: os.path.lexists(folder / each), _config_files(folder)):
+        for key, value in (item for each in _objects(folder, name) for item in each.items()):
+            repository = next((text for text in _inside(value) if isinstance(text, str) and "/" in text), None)
+            if key.endswith(IMPLEMENTATION) and repository:
+                raise InputError(
+                    f"{folder / name}: {key} names code on the hub ({repository}), which is never fetched; remove it"
+                )
 
 
 def _check_reference(folder: Path, where: Path, reference: str) -> None:

@@ -23,8 +23,9 @@ from guardfold.guard.errors import InputError
 from guardfold.guard.guard import MAX_GUARD_BYTES, Guard
 from guardfold.guard.interventions import SublayerProjection
 from guardfold.guard.prompts import load_anchors, load_image
+from guardfold.guard.trust import trusting
 from guardfold.guard.untrusted import ASCII_FROM_BYTES, MAX_PARTS, parse_object
-from guardfold.guard.vlm import load_processor
+from guardfold.guard.vlm import load_processor, read_config
 from guardfold.pipeline import GuardOptions, export_guarded
 
 
@@ -96,6 +97,27 @@ def test_code_of_a_models_own_is_refused(tmp_path: Path, name: str) -> None:
     held = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
     (folder / name).write_text(json.dumps({**held, "auto_map": {"AutoConfig": "code.Config"}}))
     refused(folder, name, r"names code of its own \(auto_map\), which is not run .* pass --trust-remote-code")
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+@pytest.mark.parametrize("trust", [False, True])
+@pytest.mark.parametrize("value", ["owner/kernel", {"": "owner/kernel@main:flash"}], ids=["name", "by part"])
+def test_kernels_from_the_hub_are_refused_whatever_is_trusted(
+    tmp_path: Path, key: str, trust: bool, value: object
+) -> None:
+    folder = sound(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"][key] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    with trusting(trust):
+        refused(folder, "config.json", rf"{key} names code on the hub \(owner/kernel.*\), which is never fetched")
+
+
+def test_an_implementation_of_transformers_own_is_taken(tmp_path: Path) -> None:
+    folder = sound(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "attn_implementation": "sdpa"}))
+    assert read_config(folder)["attn_implementation"] == "sdpa"
 
 
 @pytest.mark.parametrize(
