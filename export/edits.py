@@ -18,17 +18,6 @@ BLOCK_BYTES = 2 * 2**20
 """Size of a float32 block of rows: large enough to amortise a read, small enough to stay in the cache."""
 
 
-def project_out(weight: Tensor, basis: Tensor, strength: float = 1.0) -> Tensor:
-    """What `weight` writes, without its component in span(basis): W - strength V^T (V W).
-
-    weight: [d, ...], rows indexed by the residual stream.  basis: V, [m, d], orthonormal rows.
-    Returns [d, ...] in float32 or better.  Source: weight orthogonalisation, Arditi et al. 2024.
-    """
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    basis = basis.to(weight)
-    return weight - strength * torch.tensordot(basis.T, torch.tensordot(basis, weight, 1), 1)
-
-
 class Edit(Protocol):
     """One change of one tensor, block by block."""
 
@@ -67,7 +56,10 @@ class _Projection:
 
 @dataclass
 class ProjectRows(_Projection):
-    """W - strength V^T (V W) for W [d, ...], rows indexed by the residual stream: o_proj, down_proj, biases."""
+    """W - strength V^T (V W) for W [d, ...], rows indexed by the residual stream: o_proj, down_proj, biases.
+
+    Source: weight orthogonalisation, Arditi et al. 2024.
+    """
 
     two_pass = True
     component: Tensor | None = None

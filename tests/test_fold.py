@@ -13,7 +13,7 @@ from torch import Tensor
 from zoo import random_basis
 
 from guardfold.export.checkpoint import Checkpoint
-from guardfold.export.edits import Edit, Folded, ProjectColumns, ProjectRows, project_out
+from guardfold.export.edits import Edit, Folded, ProjectColumns, ProjectRows
 from guardfold.export.fold import fold
 from guardfold.export.writers import family_of
 from guardfold.guard.errors import InputError
@@ -24,6 +24,12 @@ from guardfold.guard.vlm import VLM
 
 WIDTH = 12
 seeds, ranks, strengths = st.integers(0, 2**32), st.integers(1, 4), st.floats(0.01, 1)
+
+
+def project_out(weight: Tensor, basis: Tensor, strength: float = 1.0) -> Tensor:
+    """The formula, of a whole matrix."""
+    basis = basis.to(weight)
+    return weight - strength * basis.T @ (basis @ weight)
 
 
 def draw(*shape: int, seed: int) -> Tensor:
