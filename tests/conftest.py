@@ -6,6 +6,7 @@ import atexit
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 from command import Command
+from hub_client import use_hub
+from hub_server import HubServer
 from transformers.utils import logging
 from zoo import Tiny
 
@@ -44,3 +47,12 @@ def guardfold(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
     """The command line."""
     with Command(tmp_path_factory.mktemp("command")) as command:
         yield command
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A hub that this process talks to, without waiting between attempts."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with HubServer() as server:
+        use_hub(server, tmp_path / "home", monkeypatch)
+        yield server

@@ -9,14 +9,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hub_client import use_hub
 from hub_server import Fault, HubServer
 from huggingface_hub import ModelCard
 from published import publish
@@ -33,15 +31,6 @@ from guardfold.guard.vlm import load, resolve
 from guardfold.pipeline import Export, GuardOptions, export_guarded
 
 REPO = "tester/guarded"
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """A hub that this process talks to, without waiting between attempts."""
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    with HubServer() as server:
-        use_hub(server, tmp_path / "home", monkeypatch)
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import struct
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_client import use_hub
 from hub_server import Fault, HubServer
 from published import publish
 
@@ -18,14 +15,6 @@ from guardfold.guard.errors import InputError
 from guardfold.pipeline import inspect_model, trace_family
 
 REPO = "owner/model"
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    with HubServer() as server:
-        use_hub(server, tmp_path / "home", monkeypatch)
-        yield server
 
 
 @pytest.fixture

@@ -6,15 +6,13 @@ import json
 import os
 import shutil
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from command import Command, Done
-from hub_client import use_hub
 from hub_server import HubServer
 from own_code import AUTO_MAP, change_json, custom_model
 from test_hub import flip
@@ -88,14 +86,6 @@ def made(model: Path, guard: GuardOptions, tmp_path: Path) -> Path:
 @pytest.fixture
 def run(guardfold: Command, tmp_path: Path) -> Run:
     return lambda *arguments: guardfold(*arguments, cwd=tmp_path)
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    with HubServer() as server:
-        use_hub(server, tmp_path / "home", monkeypatch)
-        yield server
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
