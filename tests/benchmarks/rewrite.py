@@ -26,8 +26,9 @@ BEGIN, END = "<!-- tests/benchmarks/rewrite.py writes from here -->", "<!-- to h
 ABOUT = f"""## The rewriter
 
 `python tests/benchmarks/rewrite.py`, medians (and ranges) of runs in turns; {os.cpu_count()} cores. Random checkpoints
-of LLaVA-1.5-7B's shapes, `o_proj` and `down_proj` of every layer projected. Every way runs from the start of its process,
-imports included, until its files are on the disk. The ratio is to `cp` in the same turn; `cp` again is the control."""
+of LLaVA-1.5-7B's shapes, `o_proj` and `down_proj` of every layer projected. Every way runs from the start of its
+process, imports included, until its files are on the disk. The ratio is to `cp` in the same turn; `cp` again is the
+control."""
 SIZES = {1: (1, 2), 5: (9, 24), 14: (32, 24)}
 """About this many GB -> (text layers, vision layers)."""
 
