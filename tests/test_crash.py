@@ -220,9 +220,9 @@ def test_a_source_that_changes_while_it_is_read_is_noticed(
     file = min((tmp_path / "model").glob("*.safetensors"))
     todo = iter([change])
 
-    def meanwhile(tasks: Any, jobs: int) -> None:
+    def meanwhile(queues: Any, jobs: int) -> None:
         next(todo)(file)
-        before(tasks, jobs)
+        before(queues, jobs)
 
     before = rewriter.in_threads
     monkeypatch.setattr(rewriter, "in_threads", meanwhile)
@@ -323,8 +323,8 @@ def test_an_interrupted_command_ends_with_130_one_line_and_nothing_left(tmp_path
         sys.stderr = os.fdopen(2, "w")
         monkeypatched = rewriter.in_threads
 
-        def slow(tasks: Any, jobs: int) -> None:
-            monkeypatched([[lambda: time.sleep(0.2)], *tasks], jobs)
+        def slow(queues: Any, jobs: int) -> None:
+            monkeypatched([[lambda: time.sleep(0.2)], *queues], jobs)
             time.sleep(60)
 
         rewriter.in_threads = slow

@@ -21,6 +21,7 @@ from guardfold.export.edits import Folded, ProjectColumns, ProjectRows
 from guardfold.export.memory import map_blocks_from
 from guardfold.export.rewrite import LARGE_BYTES
 from guardfold.export.rounding import nearest, repaired
+from guardfold.export.transfer import write_exactly
 
 SHAPES = {"down_proj": (4096, 11008), "embedding": (8192, 4096)}
 WIDTH, RMS = 4096, 0.02
@@ -55,7 +56,7 @@ class Case:
         """Seconds of CPU that reading, folding, rounding and writing take."""
         start = time.thread_time()
         for first, rows in self.rounded(way):
-            os.pwrite(self.target, rows.contiguous().view(torch.uint8).numpy(), first * self.weight[0].nbytes)
+            write_exactly(self.target, rows.contiguous().view(torch.uint8).numpy(), first * self.weight[0].nbytes)
         return time.thread_time() - start
 
     def off(self, way: str) -> tuple[float, float]:
@@ -86,8 +87,7 @@ def main() -> None:
         for dtype in DTYPES:
             weight = (RMS * torch.randn(shape)).to(dtype)
             with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as target:
-                source.write(weight.view(torch.uint8).numpy())
-                source.flush()
+                write_exactly(source.fileno(), weight.view(torch.uint8).numpy(), 0)
                 os.posix_fallocate(target.fileno(), 0, weight.nbytes)
                 for rank in (1, 4, 8):
                     basis = torch.linalg.qr(torch.randn(WIDTH, rank))[0].T.contiguous()
