@@ -145,8 +145,8 @@ def tensor_tolerance(info: TensorInfo, edits: Sequence[Edit], rounding: Rounding
     """What rounding may leave in a tensor of this dtype and shape with these projections.
 
     nearest: its error is one of many random directions, hence 8 unit roundoffs.  repair: three times what is left of
-    random weights and directions, about u m / d (measured, u / 10000 to u / 41 for d / m from 4096 to 16); more where few
-    columns share the chance, eightfold in a bias.
+    random weights and directions, about u m / d (measured, u / 10000 to u / 41 for d / m from 4096 to 16); more where
+    few columns share the chance, eightfold in a bias.
     """
     u = unit_roundoff(DTYPES[info.dtype])
     along = written_along(edits)
