@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 2 * 2**20
+BLOCK_BYTES = 2**20
 """Size of a float32 block of rows: large enough to amortise a read, small enough to stay in the cache."""
 
 

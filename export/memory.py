@@ -7,7 +7,7 @@ import ctypes
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """The options' numbers in glibc's malloc.h."""
 
-KEPT_BYTES = 16 * 2**20
+KEPT_BYTES = 8 * 2**20
 """Of freed blocks at the end of the heap: enough for every block of rows that is under way."""
 
 

@@ -3,6 +3,10 @@
 A few threads pull ranges, each from a file of its own if it can: runs of unedited tensors, which the kernel copies, and
 edited tensors, which are read, folded, rounded and written block by block. Unedited tensors stay identical; so does the
 header unless shapes change. Nothing is ever held whole, so memory does not grow with the model.
+
+A file that is not in the page cache passes through it: what has been read leaves it at once, what has been written as
+soon as the disk has it. So the disk writes from the start instead of at the end, pages are used again instead of new
+ones taken, and what other programs keep there stays. Measured on 4.8 GB: 5.0 s instead of 9.4.
 """
 
 from __future__ import annotations
@@ -28,7 +32,17 @@ from .fold import Fold
 from .memory import map_blocks_from
 from .rounding import REPAIRED, Rounding, nearest, repaired
 from .staging import check_room
-from .transfer import copy_range, in_threads, one_torch_thread, reflink, write_exactly
+from .transfer import (
+    BEHIND_BYTES,
+    closing,
+    copy_range,
+    in_page_cache,
+    in_threads,
+    let_go,
+    one_torch_thread,
+    reflink,
+    write_exactly,
+)
 from .writers import Family
 
 RUN_BYTES = 64 * 2**20
@@ -80,6 +94,8 @@ def rewrite(
     map_blocks_from(LARGE_BYTES)
     with one_torch_thread():
         in_threads(tasks, how.jobs)
+    for plan in copied:
+        plan.end()
     for shard in checkpoint.shards:
         shard.check_unchanged()
     if checkpoint.index is not None:
@@ -118,12 +134,16 @@ class _Plan:
     outputs: tuple[_Output, ...]
     header: bytes
     to: Path
+    passing: bool
+    """Whether the shard is not in the page cache, so that it passes through."""
 
     @classmethod
     def of(cls, shard: Shard, family: Family, fold: Fold, target: Path) -> _Plan:
         outputs = tuple(_outputs(shard, family, fold))
         same = all(each.info == each.source for each in outputs)
-        return cls(shard, outputs, shard.header if same else _new_header(shard, outputs), target / shard.path.name)
+        header = shard.header if same else _new_header(shard, outputs)
+        with closing(open_regular(shard.path.parent, shard.path.name)) as source:
+            return cls(shard, outputs, header, target / shard.path.name, not in_page_cache(source))
 
     @property
     def untouched(self) -> bool:
@@ -140,12 +160,9 @@ class _Plan:
 
     def begin(self) -> None:
         """Makes the file at its full size, with its header."""
-        target = os.open(self.to, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        try:
+        with closing(os.open(self.to, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)) as target:
             os.posix_fallocate(target, 0, self.size)
             write_exactly(target, struct.pack("<Q", len(self.header)) + self.header, 0)
-        finally:
-            os.close(target)
 
     def runs(self) -> Iterator[list[_Output]]:
         """The outputs in order: each edited one alone, copies that are neighbours before and after together."""
@@ -161,20 +178,29 @@ class _Plan:
     def transfer(self, run: Sequence[_Output], rounding: Rounding, advance: Advance) -> None:
         """Writes the tensors of `run`, which are one edited tensor or a range to copy."""
         first, last = run[0], run[-1]
-        source = open_regular(self.shard.path.parent, self.shard.path.name)
-        try:
-            target = os.open(self.to, os.O_WRONLY | os.O_CLOEXEC)
-            try:
-                if first.edits is not None:
-                    _write_edited(source, target, self.shard, first, self.start + first.info.begin, rounding)
-                elif first.source and last.source:
-                    begin, end = (self.shard.data_start + each for each in (first.source.begin, last.source.end))
-                    copy_range(source, target, begin, end, self.start + first.info.begin, self.shard.path)
-            finally:
-                os.close(target)
-        finally:
-            os.close(source)
-        advance(last.info.end - first.info.begin)
+        to, past = self.start + first.info.begin, self.start + last.info.end
+        with (
+            closing(open_regular(self.shard.path.parent, self.shard.path.name)) as source,
+            closing(os.open(self.to, os.O_WRONLY | os.O_CLOEXEC)) as target,
+        ):
+            if first.edits is not None:
+                _write_edited(source, target, self.shard, first, to, rounding)
+            if first.source and last.source:
+                begin, end = (self.shard.data_start + each for each in (first.source.begin, last.source.end))
+                if first.edits is None:
+                    copy_range(source, target, begin, end, to, self.shard.path)
+                if self.passing:
+                    let_go(source, begin, end)
+            if self.passing:
+                let_go(target, max(0, to - BEHIND_BYTES), past)
+        advance(past - to)
+
+    def end(self) -> None:
+        """Lets the file go that passes through, once the disk has it."""
+        if self.passing:
+            with closing(os.open(self.to, os.O_WRONLY | os.O_CLOEXEC)) as target:
+                os.fdatasync(target)
+                let_go(target, 0, self.size)
 
 
 def _outputs(shard: Shard, family: Family, fold: Fold) -> Iterator[_Output]:
@@ -235,12 +261,8 @@ def _linked(plan: _Plan, link: Link) -> bool:
         if link == "hard":
             path.hardlink_to(source.resolve())
             return True
-        descriptor = open_regular(source.parent, source.name)
-        try:
-            with path.open("xb") as target:
-                reflink(descriptor, target.fileno())
-        finally:
-            os.close(descriptor)
+        with closing(open_regular(source.parent, source.name)) as descriptor, path.open("xb") as target:
+            reflink(descriptor, target.fileno())
     except OSError as error:
         path.unlink(missing_ok=True)
         if link == "auto":
@@ -255,12 +277,15 @@ def _write_edited(source: int, target: int, shard: Shard, output: _Output, to: i
     edits, dtype = output.edits or (), DTYPES[info.dtype]
     folded = Folded(partial(read_rows, source, shard, output.source or info), had, edits, info.shape)
     along = written_along(edits) if rounding == "repair" and info.dtype in REPAIRED else None
-    for first, rows in repaired(folded, dtype, *along) if along else nearest(folded, dtype):
+    for rows, runs in repaired(folded, dtype, *along) if along else nearest(folded, dtype):
         if rows.numel() and not all(map(torch.isfinite, torch.aminmax(rows))):
             raise InputError(
                 f"{shard.path}: tensor {info.name!r} has NaN or Inf (or overflows {info.dtype} when folded)"
             )
-        write_exactly(target, rows.contiguous().view(torch.uint8).numpy(), to + first * info.row_bytes)
+        data = memoryview(rows.contiguous().view(torch.uint8).numpy()).cast("B")
+        for first, last, place in runs:
+            part = slice(place * info.row_bytes, (place + last - first) * info.row_bytes)
+            write_exactly(target, data[part], to + first * info.row_bytes)
 
 
 def _one_at_a_time(advance: Advance) -> Advance:

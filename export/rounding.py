@@ -23,8 +23,11 @@ Source of the second step: Lagrangian relaxation of a separable problem (Everett
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal, get_args
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -57,11 +60,11 @@ COLUMNS = 512
 FINISHED = 16384
 """Columns that the last step takes together: enough to amortise the calls for each candidate."""
 
-TOGETHER = 16
+TOGETHER = 8
 """Candidates whose steps are computed together."""
 
-SLICE_COLUMNS = 4096
-"""Columns held until they are repaired, of embeddings and experts: [4096, 4096] in two bytes each are 32 MB."""
+SLICE_COLUMNS = 2048
+"""Columns held until they are repaired, of embeddings and experts: [2048, 4096] in two bytes each are 16 MB."""
 
 ERRORS = torch.bfloat16
 """Rounding errors are kept in this dtype: three digits are enough to tell cheap moves from dear ones."""
@@ -76,13 +79,25 @@ EXPONENT_OF_INVERSE = 0x7F000000
 """Minus the bits of a power of two, these are the bits of its inverse; of 0 it is 2^127, so that 0 times it is 0."""
 
 
-def nearest(folded: Folded, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
-    """(number of the first row, rows in `dtype`) of the folded tensor, each row once, rounded to nearest."""
+class Run(NamedTuple):
+    """Rows first:last of a tensor, which stand at `place` and after in a block."""
+
+    first: int
+    last: int
+    place: int
+
+
+Block = tuple[Tensor, Sequence[Run]]
+"""Rows, and which rows of the tensor some of them are."""
+
+
+def nearest(folded: Folded, dtype: torch.dtype) -> Iterator[Block]:
+    """The folded tensor in `dtype`, each row once, rounded to nearest."""
     for first, last in row_blocks(folded.shape):
-        yield first, folded.rows(first, last).to(dtype)
+        yield folded.rows(first, last).to(dtype), [Run(first, last, 0)]
 
 
-def repaired(folded: Folded, dtype: torch.dtype, basis: Tensor, axis: int) -> Iterator[tuple[int, Tensor]]:
+def repaired(folded: Folded, dtype: torch.dtype, basis: Tensor, axis: int) -> Iterator[Block]:
     """The same, in no particular order, rounded so that V W' = V W as nearly as it can be.
 
     What is yielded is overwritten by what comes next.
@@ -107,69 +122,88 @@ def _others(basis: Tensor, chosen: Tensor) -> Tensor:
     return basis.index_fill(1, chosen, 0)
 
 
-def _by_rows(folded: Folded, dtype: torch.dtype, basis: Tensor) -> Iterator[tuple[int, Tensor]]:
+def _by_rows(folded: Folded, dtype: torch.dtype, basis: Tensor) -> Iterator[Block]:
     """Along the first axis R is known after the last row: candidates are held back until then."""
+    shape = (-1, *folded.shape[1:])
     columns = torch.Size(folded.shape[1:]).numel()
     chosen = candidates(basis, columns)
     others = _others(basis, chosen)
-    held, residual = torch.empty(len(chosen), columns), torch.zeros(len(basis), columns)
+    order, finishing = _finishing(basis[:, chosen], columns)
+    places = order.argsort()
+    held, residual = _used_again("held", (len(chosen), columns)), torch.zeros(len(basis), columns)
     for first, last in row_blocks(folded.shape):
         exact = folded.rows(first, last).reshape(last - first, columns)
         place, end = torch.searchsorted(chosen, torch.tensor([first, last])).tolist()
-        rows = chosen[place:end] - first
-        torch.index_select(exact, 0, rows, out=held[place:end])
+        held.index_copy_(0, places[place:end], exact[chosen[place:end] - first])
         rounded = exact.to(dtype)
         residual.addmm_(others[:, first:last], rounded.float().sub_(exact))
-        start = 0
-        for row in [*rows.tolist(), last - first]:
-            if row > start:
-                yield first + start, rounded[start:row].reshape(-1, *folded.shape[1:])
-            start = row + 1
-    repair(held, dtype, basis[:, chosen], residual)
-    for place, row in enumerate(chosen.tolist()):
-        yield row, held[place].to(dtype).reshape(1, *folded.shape[1:])
+        edges = [first - 1, *chosen[place:end].tolist(), last]
+        yield rounded.reshape(shape), [Run(a + 1, b, a + 1 - first) for a, b in pairwise(edges) if a + 1 < b]
+    chosen = chosen[order]
+    repair(held, dtype, basis[:, chosen], residual, finishing)
+    for first, last in row_blocks(held.shape):
+        numbers = chosen[first:last].tolist()
+        yield held[first:last].to(dtype).reshape(shape), [Run(row, row + 1, at) for at, row in enumerate(numbers)]
 
 
-def _by_slices(folded: Folded, dtype: torch.dtype, basis: Tensor, axis: int) -> Iterator[tuple[int, Tensor]]:
+def _by_slices(folded: Folded, dtype: torch.dtype, basis: Tensor, axis: int) -> Iterator[Block]:
     """Along any other axis each slice of the first is a matrix of its own; about SLICE_COLUMNS columns at a time."""
     count, width = folded.shape[0], basis.shape[1]
     per_slice = torch.Size(folded.shape[1:]).numel() // width
     chosen = candidates(basis, count * per_slice)
     others = _others(basis, chosen)
+    order, finishing = _finishing(basis[:, chosen], count * per_slice)
+    chosen = chosen[order]
     together = min(count, max(1, SLICE_COLUMNS // max(1, per_slice)))
-    buffer = torch.empty(together, *folded.shape[1:], dtype=dtype)
+    buffer = _used_again("rounded", (together, *folded.shape[1:]), dtype)
     for start in range(0, count, together):
         rounded = buffer[: min(together, count - start)]
-        held = torch.empty_like(rounded.index_select(axis, chosen), dtype=torch.float32)
-        residual = torch.empty(len(basis), len(rounded) * per_slice)
+        held = _used_again("held", (len(rounded) * per_slice, len(chosen)))
+        residual = torch.empty(len(basis), len(held))
         for first, last in row_blocks(rounded.shape):
             exact = folded.rows(start + first, start + last)
-            torch.index_select(exact, axis, chosen, out=held[first:last])
-            error = rounded[first:last].copy_(exact).float().sub_(exact)
             part = slice(first * per_slice, last * per_slice)
+            torch.index_select(exact.movedim(axis, -1).reshape(-1, width), 1, chosen, out=held[part])
+            error = rounded[first:last].copy_(exact).float().sub_(exact)
             residual[:, part] = others @ error.movedim(axis, 0).reshape(width, -1)
-        turned = held.movedim(axis, 0)
-        columns = turned.flatten(1)
-        repair(columns, dtype, basis[:, chosen], residual)
-        mended = columns.reshape(turned.shape).movedim(0, axis)
-        yield start, rounded.index_copy_(axis, chosen, mended.to(dtype))
+        repair(held.T, dtype, basis[:, chosen], residual, finishing)
+        turned = rounded.movedim(axis, -1)
+        turned.index_copy_(-1, chosen, held.to(dtype).reshape(*turned.shape[:-1], -1))
+        yield rounded, [Run(start, start + len(rounded), 0)]
 
 
-def repair(held: Tensor, dtype: torch.dtype, basis: Tensor, residual: Tensor) -> None:
+_kept = threading.local()
+
+
+def _used_again(name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Uninitialised, and the same memory at every call of a thread, for fresh memory costs more than what is computed
+    in it: 9 ms for the candidates of a down_proj, 22 MB.
+    """
+    size, kept = math.prod(shape), getattr(_kept, name, None)
+    if kept is None or len(kept) < size or kept.dtype != dtype:
+        kept = torch.empty(size, dtype=dtype)
+        setattr(_kept, name, kept)
+    return kept[:size].view(shape)
+
+
+def repair(held: Tensor, dtype: torch.dtype, basis: Tensor, residual: Tensor, finishing: int) -> None:
     """Rounds candidates to numbers that `dtype` has, so that R becomes as small as it can.
 
     held: [K, n], float32; changed in place, for a second copy would count.  basis: V, [m, K].  residual: R of all rows
-    but these, [m, n]; it becomes that of all.
+    but these, [m, n]; it becomes that of all.  finishing: so many of the first candidates take the third step.
     """
     inverse = torch.linalg.pinv(basis @ basis.T, hermitian=True)
-    order = _finishing(basis, held.shape[1])
-    errors = torch.empty(len(order), held.shape[1], dtype=ERRORS)
+    priced = math.ceil(PRICED * finishing)
+    errors = _used_again("errors", (priced, held.shape[1]), ERRORS)
     for first in range(0, held.shape[1], COLUMNS):
         part = slice(first, first + COLUMNS)
-        rounded, residual[:, part] = _by_multipliers(held[:, part], dtype, basis, inverse, residual[:, part])
-        errors[:, part] = rounded[order].float().sub_(held[order, part])
-        held[:, part] = rounded
-    _finish(held, errors, dtype, basis, order, residual)
+        exact = held[:, part]
+        rounded, residual[:, part] = _by_multipliers(exact, dtype, basis, inverse, residual[:, part])
+        errors[:, part] = rounded[:priced].float().sub_(exact[:priced])
+        exact.copy_(rounded)
+    values = held[:finishing].contiguous()
+    _finish(values, errors, dtype, basis[:, :finishing], residual)
+    held[:finishing] = values
 
 
 def _by_multipliers(
@@ -191,33 +225,34 @@ def _by_multipliers(
     return rounded, residual
 
 
-def _finishing(basis: Tensor, columns: int) -> Tensor:
-    """Which candidates take the third step of the module's, the largest |v_i| first."""
+def _finishing(basis: Tensor, columns: int) -> tuple[Tensor, int]:
+    """(order, k): in this order the first k candidates take the third step of the module's, the largest |v_i| first."""
     norms = basis.norm(dim=0)
     order = norms.argsort(descending=True)
-    order = order[norms[order] > NO_DIRECTION]
-    count = min(len(order), max(FINISHING, FINISHING_A_RANK * len(basis), SPARE // max(1, columns)))
-    return order[torch.linspace(0, len(order) - 1, count).long()]
+    able = int((norms > NO_DIRECTION).sum())
+    count = min(able, max(FINISHING, FINISHING_A_RANK * len(basis), SPARE // max(1, columns)))
+    takes = torch.zeros(len(order), dtype=torch.bool).index_fill(0, torch.linspace(0, able - 1, count).long(), True)
+    return torch.cat([order[takes], order[~takes]]), count
 
 
-def _finish(held: Tensor, errors: Tensor, dtype: torch.dtype, basis: Tensor, order: Tensor, residual: Tensor) -> None:
-    """The third step of the module's, by the candidates in `order`, whose W' - W is `errors`; changes all in place."""
-    prices = PRICE * (1 - torch.arange(len(order)) / (PRICED * len(order))).clamp(min=0)
-    for first in range(0, held.shape[1], FINISHED):
+def _finish(values: Tensor, errors: Tensor, dtype: torch.dtype, basis: Tensor, residual: Tensor) -> None:
+    """The third step of the module's, by rows in the order of `values` [k, n]; `errors` is W' - W of those at the start
+    to which it costs anything. Changes values and residual in place.
+    """
+    prices = PRICE * (1 - torch.arange(len(values)) / (PRICED * len(values))).clamp(min=0)
+    for first in range(0, values.shape[1], FINISHED):
         part = slice(first, first + FINISHED)
         rest = residual[:, part].contiguous()
-        for start in range(0, len(order), TOGETHER):
+        for start in range(0, len(values), TOGETHER):
             some = slice(start, start + TOGETHER)
-            chosen = order[some]
-            values, error = held[chosen, part], errors[some, part].float()
-            held[chosen, part] = _moved(values, error, dtype, basis[:, chosen], prices[some], rest)
+            moving, error = values[some, part], errors[some, part].float()
+            error = torch.cat([error, error.new_zeros(len(moving) - len(error), len(rest[0]))])
+            _move(moving, error, dtype, basis[:, some], prices[some], rest)
         residual[:, part] = rest
 
 
-def _moved(
-    values: Tensor, errors: Tensor, dtype: torch.dtype, basis: Tensor, prices: Tensor, residual: Tensor
-) -> Tensor:
-    """`values` [k, n] after each row in turn moved to make up for `residual` [m, n], which is brought up to date."""
+def _move(values: Tensor, errors: Tensor, dtype: torch.dtype, basis: Tensor, prices: Tensor, residual: Tensor) -> None:
+    """Moves each row of `values` [k, n] in turn to make up for `residual` [m, n], which is brought up to date."""
     limits = torch.finfo(dtype)
     power = (values.view(torch.int32) & EXPONENT).view(torch.float32)
     if dtype == torch.float16:
@@ -233,5 +268,6 @@ def _moved(
         move.mul_(inverse[number]).round_().clamp_(-1, 1).mul_(steps[number])
         residual.addr_(v, move, alpha=-1)
     finite = limits.min <= values.amin() and values.amax() <= limits.max  # else the writer is to see it
-    moved = values.sub_(moves)
-    return moved.clamp_(limits.min, limits.max) if finite else moved
+    values.sub_(moves)
+    if finite:
+        values.clamp_(limits.min, limits.max)

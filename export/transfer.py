@@ -20,8 +20,23 @@ COPY_BYTES = 64 * 2**20
 BUFFER_BYTES = 4 * 2**20
 """Copied through memory at a time, where the kernel cannot copy by itself."""
 
+BEHIND_BYTES = 256 * 2**20
+"""What was written so far back is on the disk by now, more or less, and can leave the page cache."""
+
+SAMPLES = 16
+"""Places at which `in_page_cache` looks."""
+
 FICLONE = 0x40049409
 """ioctl_ficlone(2): the target shares the source's blocks until either is written."""
+
+
+@contextmanager
+def closing(descriptor: int) -> Iterator[int]:
+    """The open file, closed when the block ends."""
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def reflink(source: int, target: int) -> None:
@@ -69,6 +84,24 @@ def write_exactly(target: int, data: Any, offset: int) -> int:
     while done < len(view):
         done += os.pwrite(target, view[done:], offset + done)
     return done
+
+
+def in_page_cache(descriptor: int) -> bool:
+    """Whether the page cache holds the file, as far as samples tell; also where the system does not say."""
+    size, byte = os.fstat(descriptor).st_size, bytearray(1)
+    try:
+        for number in range(SAMPLES):
+            os.preadv(descriptor, [byte], size * number // SAMPLES, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def let_go(descriptor: int, begin: int, end: int) -> None:
+    """Bytes begin:end leave the page cache; those not yet on the disk begin to be written, and stay until then."""
+    os.posix_fadvise(descriptor, begin, end - begin, os.POSIX_FADV_DONTNEED)
 
 
 @contextmanager

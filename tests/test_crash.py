@@ -9,7 +9,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -245,7 +244,7 @@ def short(name: str, most: int) -> Iterator[tuple[str, Callable[..., Any]]]:
     """The function of os `name`, returning after `most` bytes."""
     before: Any = getattr(os, name)
     if name == "preadv":
-        yield name, lambda descriptor, buffers, offset: before(descriptor, [buffers[0][:most]], offset)
+        yield name, lambda descriptor, buffers, *where: before(descriptor, [buffers[0][:most]], *where)
     elif name == "pwrite":
         yield name, lambda descriptor, data, offset: before(descriptor, data[:most], offset)
     elif name == "sendfile":
@@ -343,38 +342,3 @@ def test_an_interrupted_command_ends_with_130_one_line_and_nothing_left(tmp_path
     said = [line for line in (tmp_path / "said").read_text().splitlines() if line]
     assert said == ["guardfold: interrupted; nothing was written"]
     assert nothing_left(tmp_path)
-
-
-def test_threads_stop_at_the_first_failure_and_say_what_it_was() -> None:
-    done: list[int] = []
-
-    def task(number: int) -> Callable[[], None]:
-        def work() -> None:
-            if number == 3:
-                raise InputError("the third")
-            done.append(number)
-
-        return work
-
-    with pytest.raises(InputError, match="the third"):
-        rewriter.in_threads([[task(number) for number in range(1000)]], 1)
-    assert done == [0, 1, 2]
-    done.clear()
-    rewriter.in_threads([[task(number) for number in range(first, 500, 3)] for first in (10, 11, 12)], 4)
-    assert sorted(done) == list(range(10, 500))
-
-
-def test_two_threads_write_two_files_as_long_as_there_are_two() -> None:
-    at_work: list[str] = []
-    together: list[list[str]] = []
-
-    def task(file: str) -> None:
-        at_work.append(file)
-        together.append(sorted(at_work))
-        time.sleep(0.01)
-        at_work.remove(file)
-
-    rewriter.in_threads([[partial(task, file)] * 5 for file in "abc"], 2)
-    both = [files for files in together if len(files) == 2]
-    assert len(both) >= 10
-    assert sum(one == other for one, other in both) <= 1

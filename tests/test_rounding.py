@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from zoo import random_basis
 from guardfold.export.checkpoint import DTYPES, Checkpoint, TensorInfo
 from guardfold.export.edits import Edit, Folded, ProjectColumns, ProjectRows, SetColumns
 from guardfold.export.fold import fold
-from guardfold.export.rounding import CANDIDATES, FINE, candidates, nearest, repaired
+from guardfold.export.rounding import CANDIDATES, FINE, Block, candidates, nearest, repaired
 from guardfold.export.writers import family_of
 from guardfold.guard.guard import Guard
 from guardfold.guard.interventions import SharedProjection
@@ -29,6 +29,16 @@ def weights(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
     return (RMS * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
 
 
+def assembled(parts: Iterator[Block], like: Tensor) -> Tensor:
+    whole, times = torch.zeros_like(like), torch.zeros(len(like))
+    for rows, runs in parts:
+        for first, last, place in runs:
+            whole[first:last] = rows[place : place + last - first]
+            times[first:last] += 1
+    assert torch.equal(times, torch.ones(len(like))), "each row comes once"
+    return whole
+
+
 class _Rounded:
     """A tensor folded and rounded in both ways, and what that did, in float64."""
 
@@ -37,16 +47,8 @@ class _Rounded:
         self.exact = folded.rows(0, len(weight)).double()
         self.basis, self.axis = basis.double(), axis
         self.component = float(self.along(weight.double()).norm())
-        self.nearest = self.assembled(nearest(folded, weight.dtype), weight)
-        self.repaired = self.assembled(repaired(folded, weight.dtype, basis, axis), weight)
-
-    def assembled(self, parts: object, like: Tensor) -> Tensor:
-        whole, times = torch.zeros_like(like), torch.zeros(len(like))
-        for first, rows in parts:  # type: ignore[attr-defined]
-            whole[first : first + len(rows)] = rows
-            times[first : first + len(rows)] += 1
-        assert torch.equal(times, torch.ones(len(like))), "each row comes once"
-        return whole
+        self.nearest = assembled(nearest(folded, weight.dtype), weight)
+        self.repaired = assembled(repaired(folded, weight.dtype, basis, axis), weight)
 
     def along(self, weight: Tensor) -> Tensor:
         return torch.tensordot(self.basis, weight, ([1], [self.axis]))
@@ -190,12 +192,10 @@ def test_zeros_and_the_largest_numbers_stay_what_they_are_and_infinity_is_left_t
         weight[::2, 1] = 0
         weight[3, 2] = torch.finfo(dtype).max
         folded = Folded(lambda first, last: weight[first:last].clone(), weight.shape, [])  # noqa: B023
-        got = torch.empty_like(weight)
-        for first, part in repaired(folded, dtype, basis, 0):
-            got[first : first + len(part)] = part
+        got = assembled(repaired(folded, dtype, basis, 0), weight)
         assert torch.equal(got, weight), "nothing was edited, so nothing is to be repaired"
         weight[5, 3] = float("inf")
-        found = torch.cat([part for _, part in repaired(folded, dtype, basis, 0)])
+        found = assembled(repaired(folded, dtype, basis, 0), weight)
         assert not torch.isfinite(found).all()
 
 
@@ -235,9 +235,7 @@ def test_a_repair_does_not_overflow() -> None:
             return block + 10 * basis[0, first : first + len(block), None].sign() + shift
 
     folded = Folded(lambda first, last: weight[first:last], weight.shape, [Shift()])
-    got = torch.empty_like(weight)
-    for first, part in repaired(folded, torch.float16, basis, 0):
-        got[first : first + len(part)] = part
+    got = assembled(repaired(folded, torch.float16, basis, 0), weight)
     assert torch.isfinite(got).all()
     assert not torch.equal(got, weight)
 

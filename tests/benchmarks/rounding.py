@@ -20,7 +20,7 @@ from torch import Tensor
 from guardfold.export.edits import Folded, ProjectColumns, ProjectRows
 from guardfold.export.memory import map_blocks_from
 from guardfold.export.rewrite import LARGE_BYTES
-from guardfold.export.rounding import nearest, repaired
+from guardfold.export.rounding import Block, nearest, repaired
 from guardfold.export.transfer import write_exactly
 
 SHAPES = {"down_proj": (4096, 11008), "embedding": (8192, 4096)}
@@ -47,7 +47,7 @@ class Case:
         edit = ProjectRows(self.basis, 1.0) if self.rows else ProjectColumns(self.basis, 1.0)
         return Folded(self.read, self.weight.shape, [edit])
 
-    def rounded(self, way: str) -> Iterator[tuple[int, Tensor]]:
+    def rounded(self, way: str) -> Iterator[Block]:
         dtype, axis = self.weight.dtype, 0 if self.rows else 1
         folded = self.folded()
         return nearest(folded, dtype) if way == "nearest" else repaired(folded, dtype, self.basis, axis)
@@ -55,15 +55,19 @@ class Case:
     def written(self, way: str) -> float:
         """Seconds of CPU that reading, folding, rounding and writing take."""
         start = time.thread_time()
-        for first, rows in self.rounded(way):
-            write_exactly(self.target, rows.contiguous().view(torch.uint8).numpy(), first * self.weight[0].nbytes)
+        size = self.weight[0].nbytes
+        for rows, runs in self.rounded(way):
+            data = memoryview(rows.contiguous().view(torch.uint8).numpy()).cast("B")
+            for first, last, place in runs:
+                write_exactly(self.target, data[place * size : (place + last - first) * size], first * size)
         return time.thread_time() - start
 
     def off(self, way: str) -> tuple[float, float]:
         """(|V W'| / |V W|, |W' - exact|) of what `written` would write."""
         whole = torch.empty_like(self.weight)
-        for first, rows in self.rounded(way):
-            whole[first : first + len(rows)] = rows
+        for rows, runs in self.rounded(way):
+            for first, last, place in runs:
+                whole[first:last] = rows[place : place + last - first]
         exact = self.folded().rows(0, len(whole)).double()
         left, had = (self.along(each) for each in (whole.double() - exact, self.weight.double()))
         return left / had, float((whole.double() - exact).norm())
