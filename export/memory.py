@@ -8,7 +8,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """The options' numbers in glibc's malloc.h."""
 
 KEPT_BYTES = 8 * 2**20
-"""Of freed blocks at the end of the heap: enough for every block of rows that is under way."""
+"""Of freed blocks at the end of a thread's heap: enough for every block of rows that is under way."""
 
 
 def map_blocks_from(size: int) -> None:

@@ -16,8 +16,9 @@ import math
 import os
 import struct
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -33,7 +34,6 @@ from .memory import map_blocks_from
 from .rounding import REPAIRED, Rounding, nearest, repaired
 from .staging import check_room
 from .transfer import (
-    BEHIND_BYTES,
     closing,
     copy_range,
     in_page_cache,
@@ -47,6 +47,9 @@ from .writers import Family
 
 RUN_BYTES = 64 * 2**20
 """A run of unedited tensors is cut when it grows beyond this, so that threads share the work."""
+
+BEHIND = 4
+"""Tasks of a file after which the disk has what was written, more or less, so that it can leave the page cache."""
 
 LARGE_BYTES = 6 * 2**20
 """Buffers from here on are given back when freed; blocks of rows are smaller, and are used again."""
@@ -136,6 +139,8 @@ class _Plan:
     to: Path
     passing: bool
     """Whether the shard is not in the page cache, so that it passes through."""
+    written: deque[tuple[int, int]] = field(default_factory=deque)
+    """Begin and end of what was written last, and is still in the page cache."""
 
     @classmethod
     def of(cls, shard: Shard, family: Family, fold: Fold, target: Path) -> _Plan:
@@ -192,7 +197,10 @@ class _Plan:
                 if self.passing:
                     let_go(source, begin, end)
             if self.passing:
-                let_go(target, max(0, to - BEHIND_BYTES), past)
+                let_go(target, to, past)
+                self.written.append((to, past))
+                if len(self.written) > BEHIND:
+                    let_go(target, *self.written.popleft())
         advance(past - to)
 
     def end(self) -> None:

@@ -20,9 +20,6 @@ COPY_BYTES = 64 * 2**20
 BUFFER_BYTES = 4 * 2**20
 """Copied through memory at a time, where the kernel cannot copy by itself."""
 
-BEHIND_BYTES = 256 * 2**20
-"""What was written so far back is on the disk by now, more or less, and can leave the page cache."""
-
 SAMPLES = 16
 """Places at which `in_page_cache` looks."""
 
