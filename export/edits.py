@@ -63,16 +63,19 @@ class ProjectRows(_Projection):
 
     two_pass = True
     component: Tensor | None = None
-    """V W (V D W under a post-norm), summed up over the blocks seen so far, [m, columns]."""
+    """V W (V D W under a post-norm), summed up over the blocks seen so far, [m, columns]; of a vector in float64, for
+    entries that are all alike nearly cancel out.
+    """
 
     def observe(self, block: Tensor, first: int) -> None:
-        part = self.reading[:, first : first + len(block)].to(block) @ _as_matrix(block)
+        summed = block.double() if block.ndim == 1 else block
+        part = self.reading[:, first : first + len(block)].to(summed) @ _as_matrix(summed)
         self.component = part if self.component is None else self.component.add_(part)
 
     def apply(self, block: Tensor, first: int) -> Tensor:
         assert self.component is not None, "apply before observe"
         rows = self.writing[:, first : first + len(block)].to(block)
-        less = torch.addmm(_as_matrix(block), rows.T, self.component, alpha=-self.strength)
+        less = torch.addmm(_as_matrix(block), rows.T, self.component.to(block), alpha=-self.strength)
         return less.reshape(block.shape)
 
 

@@ -34,6 +34,7 @@ from .memory import map_blocks_from
 from .rounding import REPAIRED, Rounding, nearest, repaired
 from .staging import check_room
 from .transfer import (
+    bytes_of,
     closing,
     copy_range,
     in_page_cache,
@@ -290,7 +291,7 @@ def _write_edited(source: int, target: int, shard: Shard, output: _Output, to: i
             raise InputError(
                 f"{shard.path}: tensor {info.name!r} has NaN or Inf (or overflows {info.dtype} when folded)"
             )
-        data = memoryview(rows.contiguous().view(torch.uint8).numpy()).cast("B")
+        data = bytes_of(rows)
         for first, last, place in runs:
             part = slice(place * info.row_bytes, (place + last - first) * info.row_bytes)
             write_exactly(target, data[part], to + first * info.row_bytes)

@@ -83,6 +83,12 @@ def write_exactly(target: int, data: Any, offset: int) -> int:
     return done
 
 
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor, which share its memory if it is contiguous."""
+    array: Any = tensor.contiguous().view(torch.uint8).numpy()
+    return memoryview(array).cast("B")
+
+
 def in_page_cache(descriptor: int) -> bool:
     """Whether the page cache holds the file, as far as samples tell; also where the system does not say."""
     size, byte = os.fstat(descriptor).st_size, bytearray(1)
