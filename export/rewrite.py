@@ -34,7 +34,6 @@ from .memory import map_blocks_from
 from .rounding import REPAIRED, Rounding, nearest, repaired
 from .staging import check_room
 from .transfer import (
-    bytes_of,
     closing,
     copy_range,
     in_page_cache,
@@ -43,6 +42,7 @@ from .transfer import (
     one_torch_thread,
     reflink,
     write_exactly,
+    write_runs,
 )
 from .writers import Family
 
@@ -291,10 +291,7 @@ def _write_edited(source: int, target: int, shard: Shard, output: _Output, to: i
             raise InputError(
                 f"{shard.path}: tensor {info.name!r} has NaN or Inf (or overflows {info.dtype} when folded)"
             )
-        data = bytes_of(rows)
-        for first, last, place in runs:
-            part = slice(place * info.row_bytes, (place + last - first) * info.row_bytes)
-            write_exactly(target, data[part], to + first * info.row_bytes)
+        write_runs(target, rows, runs, info.row_bytes, to)
 
 
 def _one_at_a_time(advance: Advance) -> Advance:

@@ -1,4 +1,4 @@
-"""Rounding that a projection survives. Pure: numbers in, numbers out; no files, no models.
+"""Rounding that a projection survives. Numbers in, numbers out; no files, no models, no state but buffers used again.
 
 Weights lie on the grid of their dtype, so a correction below half a step is dropped by rounding to nearest: in bfloat16
 it leaves about 1 % of the removed component, a quarter of it where the component is weak. `repaired` rounds to nearest

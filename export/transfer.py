@@ -83,10 +83,14 @@ def write_exactly(target: int, data: Any, offset: int) -> int:
     return done
 
 
-def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor, which share its memory if it is contiguous."""
-    array: Any = tensor.contiguous().view(torch.uint8).numpy()
-    return memoryview(array).cast("B")
+def write_runs(target: int, rows: torch.Tensor, runs: Sequence[tuple[int, int, int]], row_bytes: int, to: int) -> None:
+    """Writes rows of the tensor at offset `to`: of each (first, last, place) in `runs` first:last, which stand in
+    `rows` from `place` on.
+    """
+    array: Any = rows.contiguous().view(torch.uint8).numpy()
+    data = memoryview(array).cast("B")
+    for first, last, place in runs:
+        write_exactly(target, data[place * row_bytes : (place + last - first) * row_bytes], to + first * row_bytes)
 
 
 def in_page_cache(descriptor: int) -> bool:

@@ -21,7 +21,7 @@ from guardfold.export.edits import Folded, ProjectColumns, ProjectRows
 from guardfold.export.memory import map_blocks_from
 from guardfold.export.rewrite import LARGE_BYTES
 from guardfold.export.rounding import Block, nearest, repaired
-from guardfold.export.transfer import bytes_of, write_exactly
+from guardfold.export.transfer import write_runs
 
 SHAPES = {"down_proj": (4096, 11008), "embedding": (8192, 4096)}
 WIDTH, RMS = 4096, 0.02
@@ -55,11 +55,8 @@ class Case:
     def written(self, way: str) -> float:
         """Seconds of CPU that reading, folding, rounding and writing take."""
         start = time.thread_time()
-        size = self.weight[0].nbytes
         for rows, runs in self.rounded(way):
-            data = bytes_of(rows)
-            for first, last, place in runs:
-                write_exactly(self.target, data[place * size : (place + last - first) * size], first * size)
+            write_runs(self.target, rows, runs, self.weight[0].nbytes, 0)
         return time.thread_time() - start
 
     def off(self, way: str) -> tuple[float, float]:
@@ -91,7 +88,7 @@ def main() -> None:
         for dtype in DTYPES:
             weight = (RMS * torch.randn(shape)).to(dtype)
             with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as target:
-                write_exactly(source.fileno(), bytes_of(weight), 0)
+                write_runs(source.fileno(), weight, [(0, len(weight), 0)], weight[0].nbytes, 0)
                 os.posix_fallocate(target.fileno(), 0, weight.nbytes)
                 for rank in (1, 4, 8):
                     basis = torch.linalg.qr(torch.randn(WIDTH, rank))[0].T.contiguous()
