@@ -1,6 +1,7 @@
 """Chat templates are programs that others wrote. transformers runs them in a sandbox; this bounds what they take.
 
-A template is tried once, in a child process that can be killed, before it is used.
+A template is tried once, in a child process, before it is used. The child ends by itself when its time is up, and holds
+no file open but its pipe: should its parent be killed, no folder stays locked for it.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import os
 import resource
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,10 @@ def check_template(processor: ProcessorMixin, where: Path) -> None:
     if not child:
         _render_and_exit(processor, writer)
     os.close(writer)
-    status = _wait(child)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     with os.fdopen(reader, errors="replace") as said:
         reason = " ".join(said.read(1000).split())
-    if status is None:
+    if status == -signal.SIGALRM:
         raise InputError(f"{where}: its chat template takes over {SECONDS:.0f} seconds for one short question")
     if status == EXHAUSTED:
         raise InputError(f"{where}: its chat template takes over {MEMORY_BYTES >> 20} MB for one short question")
@@ -45,26 +45,13 @@ def check_template(processor: ProcessorMixin, where: Path) -> None:
         raise InputError(f"{where}: its chat template fails ({reason or f'status {status}'})")
 
 
-def _wait(child: int) -> int | None:
-    """The exit status of `child`; None, after killing it, if it takes longer than SECONDS."""
-    deadline, pause = time.monotonic() + SECONDS, 0.001
-    while True:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        if time.monotonic() > deadline:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            return None
-        time.sleep(pause)
-        pause = min(2 * pause, 0.05)
-
-
 def _render_and_exit(processor: ProcessorMixin, writer: int) -> None:
     status = 1
     try:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        _limit_time()
         _limit_memory()
+        _close_all_but(writer)
         status = EXHAUSTED
         for picture in ([], [{"type": "image"}]):
             turn: Any = [{"role": "user", "content": [*picture, {"type": "text", "text": "How are"}]}]
@@ -81,9 +68,22 @@ def _render_and_exit(processor: ProcessorMixin, writer: int) -> None:
         os._exit(status)
 
 
+def _limit_time() -> None:
+    """To SECONDS, then SIGALRM ends the process, whatever it is doing."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+
+
 def _limit_memory() -> None:
     """To what this process has mapped already and MEMORY_BYTES more."""
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     _, most = resource.getrlimit(resource.RLIMIT_AS)
     wanted = mapped + MEMORY_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (wanted if most == resource.RLIM_INFINITY else min(wanted, most), most))
+
+
+def _close_all_but(kept: int) -> None:
+    """Closes what was inherited, the standard streams and `kept` aside."""
+    os.closerange(3, kept)
+    os.closerange(max(3, kept + 1), os.sysconf("SC_OPEN_MAX"))

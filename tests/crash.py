@@ -95,7 +95,9 @@ def killed_exports(scratch: Path, shards: str, times: int, seed: int) -> tuple[i
         time.sleep(draw.uniform(0, 1.1 * whole))
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
-        finished += ended(child) == 0
+        status = ended(child)
+        assert status in (0, -signal.SIGKILL), f"the run before this one left something: status {status}"
+        finished += status == 0
         assert absent_or_whole(output, model) or not was_whole, "an output that was whole is never lost"
     export(model, guard, output, overwrite=True)
     assert absent_or_whole(output, model)

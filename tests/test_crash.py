@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
@@ -10,16 +11,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from crash import FORMATS, absent_or_whole, disk, ended, export, forked, killed_exports, model_and_guard
+from test_checkpoint import within
 from zoo import tensors
 
 from guardfold import cli
 from guardfold.export import rewrite as rewriter
 from guardfold.export import staging as stages
 from guardfold.export.staging import check_room, staging
+from guardfold.guard import templates
 from guardfold.guard.errors import InputError
 
 
@@ -80,6 +83,49 @@ def test_an_export_killed_at_a_step_leaves_what_was_there_and_the_next_one_works
     run(tmp_path, overwrite)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["guarded"]
     assert not (tmp_path / "out" / "guarded" / "first").exists()
+
+
+def runs(process: str) -> bool:
+    """Whether the process is there and has not ended: one that nobody waits for stays as a zombie."""
+    with contextlib.suppress(FileNotFoundError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    return False
+
+
+class Endless:
+    """A processor whose chat template never ends; it leaves the id of the process that renders it in `said`."""
+
+    def __init__(self, said: Path) -> None:
+        self.said = said
+
+    def apply_chat_template(self, *_: Any, **__: Any) -> str:
+        self.said.with_suffix(".new").write_text(str(os.getpid()))
+        self.said.with_suffix(".new").replace(self.said)
+        while True:
+            pass
+
+
+def test_a_run_killed_while_it_tries_a_template_leaves_no_lock_and_no_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said, processor, output = tmp_path / "said", Endless(tmp_path / "said"), tmp_path / "guarded"
+    monkeypatch.setattr(templates, "SECONDS", 2.0)
+
+    def killed() -> None:
+        with staging(output, False):
+            templates.check_template(cast(Any, processor), tmp_path)
+
+    child = forked(killed)
+    with within(60):
+        while not said.exists():
+            time.sleep(0.01)
+        os.kill(child, signal.SIGKILL)
+        assert ended(child) == -signal.SIGKILL
+        with staging(output, False) as stage:
+            (stage / "a").touch()
+        assert runs(said.read_text()), "it renders still, so that the lock is free is no accident"
+        while runs(said.read_text()):
+            time.sleep(0.01)
 
 
 def test_where_names_cannot_be_exchanged_a_kill_between_the_renames_is_made_good(tmp_path: Path) -> None:
