@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import dot_natural_key
 
 from ..guard.errors import InputError
-from ..guard.vlm import ATTENTION_NAMES, LAYER_LISTS, MLPParts, decoder, decoder_layers, mlp_parts, output_tensor
+from ..guard.parts import ATTENTION_NAMES, LAYER_LISTS, MLPParts, decoder, decoder_layers, mlp_parts, output_tensor
 from .tracer import Trace, trace
 from .writers import Role, matching, module_name
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..guard.errors import InputError
-from ..guard.vlm import final_norm
+from ..guard.parts import final_norm
 
 _PARAMETER = "torch::autograd::AccumulateGrad"
 

@@ -19,7 +19,8 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..guard.errors import InputError
-from ..guard.vlm import decoder, decoder_layers, meta_model
+from ..guard.parts import decoder, decoder_layers
+from ..guard.vlm import meta_model
 from .checkpoint import EDITABLE, QUANTISED, Checkpoint
 from .names import Layout
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from .errors import InputError
 from .guard import Guard
 from .interventions import Gate, LinearGate, ResidualProjection, SharedProjection, SublayerProjection, TwoPass
-from .vlm import decoder_layers, mlp_parts, output_tensor, residual_readers, sublayers, with_output_tensor
+from .parts import decoder_layers, mlp_parts, output_tensor, residual_readers, sublayers, with_output_tensor
 
 TextStates = Mapping[int, Tensor]
 """layer -> h_l(q), [batch, d]: the last prompt token's states in a text-only pass (states.text_states)."""

@@ -13,9 +13,10 @@ from transformers import BatchFeature
 
 from .errors import InputError
 from .images import ImageKind
+from .parts import decoder_layers, output_tensor
 from .progress import batched
 from .prompts import Prompt, encode, illustrated, positions
-from .vlm import VLM, decoder_layers, output_tensor
+from .vlm import VLM
 
 
 class _Enough(Exception):  # noqa: N818

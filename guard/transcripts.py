@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers import BatchFeature
 
 from .images import ImageKind
+from .parts import decoder_layers, mlp_parts
 from .progress import batched
 from .prompts import Prompt, encode, illustrated
 from .states import forward
-from .vlm import VLM, decoder_layers, image_token_of, mlp_parts
+from .vlm import VLM, image_token_of
 
 
 class Place(IntEnum):

@@ -28,10 +28,11 @@ from guardfold.guard.calibration import (
 )
 from guardfold.guard.errors import InputError
 from guardfold.guard.images import ImageKind
+from guardfold.guard.parts import mlp_parts
 from guardfold.guard.prompts import Anchors, Prompt, encode, load_anchors
 from guardfold.guard.transcripts import Page, Place, Transcripts, Usage, answer, answer_logits, last_readings, pages
 from guardfold.guard.transcripts import read as read_transcripts
-from guardfold.guard.vlm import VLM, image_token_of, mlp_parts
+from guardfold.guard.vlm import VLM, image_token_of
 
 IMAGE_TOKENS = 9
 PICTURE = Image.new("RGB", (24, 24), "red")

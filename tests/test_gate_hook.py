@@ -27,7 +27,8 @@ from guardfold.guard.errors import InputError
 from guardfold.guard.guard import Guard
 from guardfold.guard.hooks import attached, ramp
 from guardfold.guard.interventions import Gate, SharedProjection, SublayerProjection, TwoPass
-from guardfold.guard.vlm import VLM, mlp_parts
+from guardfold.guard.parts import mlp_parts
+from guardfold.guard.vlm import VLM
 
 CLOSE = 1e-5
 WIDTH = 16

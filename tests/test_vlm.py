@@ -14,16 +14,8 @@ import torch
 from zoo import Tiny, change_tensors
 
 from guardfold.guard.errors import InputError
-from guardfold.guard.vlm import (
-    VLM,
-    check_weights,
-    decoder_layers,
-    final_norm,
-    load,
-    residual_readers,
-    resolve,
-    sublayers,
-)
+from guardfold.guard.parts import decoder_layers, final_norm, residual_readers, sublayers
+from guardfold.guard.vlm import VLM, check_weights, load, resolve
 
 
 @pytest.fixture

@@ -22,8 +22,8 @@ from ..export.edits import AddLowRank, Edit, Projecting, ProjectRows, SetColumns
 from ..export.rounding import REPAIRED, Rounding
 from ..guard.guard import Guard
 from ..guard.interventions import Gate, LinearGate, SharedProjection, SublayerProjection
+from ..guard.parts import MLP_NAMES, decoder_layers, final_norm, output_tensor, sublayers
 from ..guard.progress import track
-from ..guard.vlm import MLP_NAMES, decoder_layers, final_norm, output_tensor, sublayers
 
 EXACT_TOLERANCE = 1e-5
 """What float32 arithmetic may leave along V, relative to the states: measured 2e-8 to 4e-7."""

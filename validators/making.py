@@ -17,6 +17,7 @@ from ..guard.directions import Directions, extract
 from ..guard.errors import InputError
 from ..guard.guard import Guard, Intervention
 from ..guard.interventions import Gate, LinearGate, TwoPass
+from ..guard.parts import mlp_parts
 from ..guard.presets import (
     DEFAULT_LAYERS,
     FALSE_POSITIVE_RATES,
@@ -33,7 +34,7 @@ from ..guard.presets import (
 )
 from ..guard.prompts import BUILT_IN_ANCHORS, beside, load_anchors
 from ..guard.transcripts import Usage
-from ..guard.vlm import VLM, load, mlp_parts, threads_for
+from ..guard.vlm import VLM, load, threads_for
 from .judge import PhraseJudge
 from .probes import refusal_text
 from .select import Bench, best, choose, sample_scores, scrutinise, scrutinise_linear

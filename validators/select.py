@@ -23,11 +23,12 @@ from ..guard.guard import Guard
 from ..guard.hooks import attached, ramp
 from ..guard.images import ImageKind
 from ..guard.interventions import Gate, LinearGate
+from ..guard.parts import mlp_parts
 from ..guard.presets import Candidate
 from ..guard.progress import track
 from ..guard.prompts import Prompt, encode, illustrated
 from ..guard.transcripts import answer
-from ..guard.vlm import VLM, mlp_parts
+from ..guard.vlm import VLM
 from .behaviour import respond
 from .divergence import Divergence
 from .judge import Judge

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import BatchFeature, Cache, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ...guard.parts import decoder_layers, output_tensor, with_output_tensor
 from ...guard.prompts import positions
-from ...guard.vlm import decoder_layers, output_tensor, with_output_tensor
 from .decoder import DEEPSTACK
 from .trace import Port, Sketch
 from .vision import VisionPath

@@ -19,11 +19,12 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from guardfold.guard.calibration import deal, examples, load_benign
 from guardfold.guard.directions import extract
+from guardfold.guard.parts import mlp_parts
 from guardfold.guard.presets import GAINS, LAYER_SETS, STRENGTHS, Material, gate_layers, gates
 from guardfold.guard.prompts import Prompt, encode, load_anchors
 from guardfold.guard.states import forward
 from guardfold.guard.transcripts import Usage
-from guardfold.guard.vlm import load, mlp_parts, resolve
+from guardfold.guard.vlm import load, resolve
 from guardfold.validators.judge import PhraseJudge
 from guardfold.validators.select import Bench
 
