@@ -277,7 +277,7 @@ class Folded:
     def _padded(self, first: int, last: int) -> Tensor:
         """Rows first:last before any edit; zeros where the tensor had none."""
         held = min(last, self._had[0]) - first
-        block = self._read(first, first + held) if held > 0 else torch.empty(0)
+        block = self._read(first, first + held) if held > 0 else torch.empty(0, *self.shape[1:])
         block = block.to(torch.promote_types(block.dtype, torch.float32))
         if self.shape == self._had:
             return block

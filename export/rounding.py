@@ -104,13 +104,15 @@ def repaired(folded: Folded, dtype: torch.dtype, basis: Tensor, axis: int) -> It
     dtype: float16 or bfloat16.  basis: V, [m, d], float32; rows need not be orthonormal.  axis: the one of the tensor
     that is d long; the others number columns.
     """
+    if not all(folded.shape):
+        return nearest(folded, dtype)
     return _by_rows(folded, dtype, basis) if axis == 0 else _by_slices(folded, dtype, basis, axis)
 
 
 def candidates(basis: Tensor, columns: int) -> Tensor:
     """Which of the d rows make up for the others, in their order: all of them if d <= CANDIDATES or columns are few."""
     order = basis.norm(dim=0).argsort(descending=True)
-    count = max(CANDIDATES, SPARE // max(1, columns))
+    count = max(CANDIDATES, SPARE // columns)
     if len(order) > count:
         large, others = order[: count - FINE], order[count - FINE :]
         order = torch.cat([large, others[torch.linspace(0, len(others) - 1, FINE).long()]])
@@ -154,7 +156,7 @@ def _by_slices(folded: Folded, dtype: torch.dtype, basis: Tensor, axis: int) -> 
     others = _others(basis, chosen)
     order, finishing = _finishing(basis[:, chosen], count * per_slice)
     chosen = chosen[order]
-    together = min(count, max(1, SLICE_COLUMNS // max(1, per_slice)))
+    together = min(count, max(1, SLICE_COLUMNS // per_slice))
     buffer = _used_again("rounded", (together, *folded.shape[1:]), dtype)
     for start in range(0, count, together):
         rounded = buffer[: min(together, count - start)]
@@ -230,7 +232,7 @@ def _finishing(basis: Tensor, columns: int) -> tuple[Tensor, int]:
     norms = basis.norm(dim=0)
     order = norms.argsort(descending=True)
     able = int((norms > NO_DIRECTION).sum())
-    count = min(able, max(FINISHING, FINISHING_A_RANK * len(basis), SPARE // max(1, columns)))
+    count = min(able, max(FINISHING, FINISHING_A_RANK * len(basis), SPARE // columns))
     takes = torch.zeros(len(order), dtype=torch.bool).index_fill(0, torch.linspace(0, able - 1, count).long(), True)
     return torch.cat([order[takes], order[~takes]]), int(takes.sum())
 

@@ -185,6 +185,13 @@ def test_the_weak_component_of_a_bias_of_equal_numbers_is_removed(seed: int) -> 
     assert float(made.along(made.repaired.double()).norm()) <= 1e-5 * made.component
 
 
+@pytest.mark.parametrize(("shape", "axis"), [((0, 512), 1), ((512, 0), 0)])
+def test_a_tensor_without_entries_is_repaired_as_well(shape: tuple[int, int], axis: int) -> None:
+    basis = random_basis(1, 512)
+    edit = ProjectColumns(basis, 1.0) if axis else ProjectRows(basis, 1.0)
+    assert _Rounded(torch.empty(shape, dtype=torch.bfloat16), [edit], basis, axis).repaired.shape == shape
+
+
 def test_what_a_gate_writes_after_the_projection_is_kept() -> None:
     """The residual is measured against the exact fold, whatever edits it has."""
     basis = random_basis(1, 512)
