@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from . import __version__
-from .guard.errors import InputError, Refused
+from .guard.errors import InputError, Refused, printable
 from .options import (
     MODEL_HELP,
     QA,
@@ -481,35 +484,53 @@ def _begin(model: str) -> None:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return printable(str(error)) or type(error).__name__
+
+
+def _open_standard_streams() -> None:
+    """Those that were closed lead nowhere from now on, so that no file of ours gets the number of one."""
+    for stream in range(3):
+        try:
+            os.fstat(stream)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
 
 
 def main() -> None:
     """The `guardfold` command: runs it, turns errors into one line and an exit status, and ends the process."""
+    _open_standard_streams()
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    cause: BaseException
+    if not debug and not sys.warnoptions:
+        warnings.simplefilter("ignore")  # what libraries remark would stand between the lines of ours
+    cause: BaseException | None = None
+    message = ""
     try:
         status = app(arguments or ["--help"], standalone_mode=False) or 0
-        if status != INTERRUPTED:
-            sys.exit(status)
-        raise KeyboardInterrupt  # which the parser has turned into a status
+        if status == INTERRUPTED:
+            raise KeyboardInterrupt  # which the parser has turned into a status
     except InputError as error:
         status, message, cause = 2, f"error: {_one_line(error)}", error
     except (KeyboardInterrupt, typer.Abort) as error:
-        status, message, cause = INTERRUPTED, "interrupted; nothing was written", error
+        status, message, cause = INTERRUPTED, "interrupted; nothing half-written is left", error
     except Refused as error:
         status, message, cause = 3, f"refused: {_one_line(error)}", error
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        status, message, cause = 2, f"error: {printable(f'{where}{error.strerror or error}')}", error
     except Exception as error:
         cause = error
         if hasattr(error, "format_message"):  # what the parser says of a command it cannot take
-            status, message = 2, f"error: {' '.join(error.format_message().split())} (--help explains)"
+            status, message = 2, f"error: {printable(error.format_message())} (--help explains)"
         else:
             status, message = 1, f"unexpected {type(error).__name__}: {_one_line(error)} (--debug shows where)"
-    evidence = getattr(cause, "evidence", None)
-    if evidence is not None:
-        _show(evidence)
-    if debug:
-        traceback.print_exception(cause)
-    print(f"guardfold: {message}", file=sys.stderr)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is left to do is to end
+    with suppress(OSError):
+        evidence = getattr(cause, "evidence", None)
+        if evidence is not None:
+            _show(evidence)
+        if debug and cause is not None:
+            traceback.print_exception(cause)
+        if message:
+            print(f"guardfold: {message}", file=sys.stderr)
     sys.exit(status)

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..guard.guard import Guard
@@ -88,8 +88,7 @@ class Adapter:
     def save(self, folder: Path, base: str, revision: str | None) -> None:
         """Writes the adapter into `folder`. OSError as the disk does."""
         folder.mkdir(exist_ok=True)
-        save_file(self.tensors, folder / WEIGHTS_FILE, {"format": "pt"})
-        (folder / WEIGHTS_FILE).chmod(0o644)
+        (folder / WEIGHTS_FILE).write_bytes(save(self.tensors, {"format": "pt"}))
         self.config(base, revision).save_pretrained(str(folder))
 
 

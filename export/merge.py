@@ -29,7 +29,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_adapter_state
 from torch import Tensor, nn
 from transformers.core_model_loading import MergeModulelist, Transpose
 
-from ..guard.errors import InputError
+from ..guard.errors import InputError, first_line
 from ..guard.untrusted import open_regular, parse_object, read_bytes
 from ..guard.vlm import MAX_CONFIG_BYTES, meta_model
 from .adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE
@@ -86,8 +86,9 @@ def updates(checkpoint: Checkpoint, folder: Path) -> dict[str, list[Edit]]:
         inject_adapter_in_model(config, model, NAME, low_cpu_mem_usage=True)
         tensors = convert_peft_adapter_state_dict_for_transformers(model, config, tensors, NAME)
     except Exception as error:  # foreign settings can break PEFT in any way
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(f"{folder / CONFIG_FILE}: PEFT cannot put it on {checkpoint.folder} ({first})") from error
+        raise InputError(
+            f"{folder / CONFIG_FILE}: PEFT cannot put it on {checkpoint.folder} ({first_line(error)})"
+        ) from error
     entries = _Entries(folder, {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()})
     edits: dict[str, list[Edit]] = {}
     for memory, edit in _edits(model, entries, layout):

@@ -7,13 +7,16 @@ ends in whatever way. So a partial folder without a lock is what a dead run left
 from __future__ import annotations
 
 import ctypes
-import errno
 import fcntl
 import os
 import shutil
+import signal
+import stat
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 
 from ..guard.errors import InputError
 
@@ -34,27 +37,27 @@ def staging(output: Path, overwrite: bool) -> Iterator[Path]:
     Raises InputError if `output` exists and may not be replaced, another run is writing it, or the disk does not take
     it.
     """
+    _check_name(output)
     _check_replaceable(output, overwrite)
     partial, aside = (output.with_name(f".{output.name}.guardfold-{what}") for what in ("partial", "replaced"))
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
+    with _parents_of(output):
         lock = _claim(partial, output)
-    except OSError as error:
-        raise InputError(f"{output.parent}: cannot be written to ({error.strerror})") from error
-    try:
-        _clean_up(partial, aside, output)
-        yield partial
-        for path in [*partial.rglob("*"), partial]:
-            _sync(path)
-        _check_replaceable(output, overwrite)
-        _publish(partial, aside, output)
-    except OSError as error:
-        where = error.filename or output
-        raise InputError(f"{where}: {error.strerror or error}; nothing was written to {output}") from error
-    finally:
-        if _is(lock, partial):
-            shutil.rmtree(partial, ignore_errors=True)
-        os.close(lock)
+        try:
+            _clean_up(partial, aside, output)
+            yield partial
+            for path in [*partial.rglob("*"), partial]:
+                _sync(path)
+            _check_replaceable(output, overwrite)
+            with _undisturbed():
+                _publish(partial, aside, output)
+        except OSError as error:
+            where = error.filename or output
+            raise InputError(f"{where}: {error.strerror or error}; nothing was written to {output}") from error
+        finally:
+            with _undisturbed(), suppress(OSError):
+                if _is(lock, partial):
+                    _remove(partial)
+            os.close(lock)
 
 
 def check_room(folder: Path, needed: int) -> None:
@@ -67,6 +70,15 @@ def check_room(folder: Path, needed: int) -> None:
         )
 
 
+def _check_name(output: Path) -> None:
+    if output.name in ("", ".."):
+        raise InputError(f"--output {output}: has no name of its own; give the folder that is to be made")
+    try:
+        os.fsencode(output).decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"--output {output}: not UTF-8, which what reads the weights asks for") from error
+
+
 def _check_replaceable(output: Path, overwrite: bool) -> None:
     if not os.path.lexists(output):
         return
@@ -76,6 +88,21 @@ def _check_replaceable(output: Path, overwrite: bool) -> None:
         raise InputError(f"{output}: exists and is not a folder")
     if any(output.iterdir()) and not (output / MANIFEST).is_file():
         raise InputError(f"{output}: holds no {MANIFEST}, so guardfold did not write it and does not replace it")
+
+
+@contextmanager
+def _parents_of(output: Path) -> Iterator[None]:
+    """The folder that `output` goes to. What was made for it, and is empty when the block ends, is removed."""
+    new = [folder for folder in output.parents if not os.path.lexists(folder)]
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise InputError(f"{output.parent}: cannot be written to ({error.strerror})") from error
+    finally:
+        with suppress(OSError):
+            for each in new:
+                each.rmdir()
 
 
 def _claim(partial: Path, output: Path) -> int:
@@ -92,6 +119,13 @@ def _claim(partial: Path, output: Path) -> int:
         except BlockingIOError as error:
             os.close(lock)
             raise InputError(f"{output}: another run is writing it; wait for it or choose another --output") from error
+        except OSError as error:
+            os.close(lock)
+            with suppress(OSError):
+                partial.rmdir()
+            raise InputError(
+                f"{output.parent}: cannot be locked ({error.strerror}); choose another --output"
+            ) from error
         if _is(lock, partial):
             return lock
         os.close(lock)
@@ -107,16 +141,31 @@ def _is(descriptor: int, path: Path) -> bool:
 
 def _clean_up(partial: Path, aside: Path, output: Path) -> None:
     """Removes what a dead run left, and puts back the folder that it was about to replace."""
+    partial.chmod(partial.stat().st_mode | stat.S_IRWXU)
     for each in partial.iterdir():
         if each.is_dir() and not each.is_symlink():
-            shutil.rmtree(each)
+            _remove(each)
         else:
             each.unlink()
-    partial.chmod(0o755)
-    if aside.is_dir() and not os.path.lexists(output):
+    if aside.is_symlink() or not aside.is_dir():
+        aside.unlink(missing_ok=True)
+    elif os.path.lexists(output):
+        _remove(aside)
+    else:
         aside.rename(output)
-    elif aside.is_dir():
-        shutil.rmtree(aside)
+
+
+def _remove(folder: Path) -> None:
+    """Removes the folder, whatever in it is read-only."""
+    try:
+        shutil.rmtree(folder)
+    except PermissionError:
+        folder.chmod(stat.S_IRWXU)
+        for where, names, _ in os.walk(folder):
+            for inner in (Path(where, name) for name in names):
+                if not inner.is_symlink():
+                    inner.chmod(stat.S_IRWXU)
+        shutil.rmtree(folder)
 
 
 def _sync(path: Path) -> None:
@@ -128,31 +177,48 @@ def _sync(path: Path) -> None:
 
 
 def _publish(partial: Path, aside: Path, output: Path) -> None:
-    """Gives `partial` the name `output`, in one step where the system can exchange names."""
+    """Gives `partial` the name `output`, in one step where the system can exchange names; OSError if it did not."""
     if not output.exists():
         partial.rename(output)
-        _sync(output.parent)
+        with suppress(OSError):
+            _sync(output.parent)
         return
     replaced = os.open(output, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         fcntl.flock(replaced, fcntl.LOCK_EX)  # so that no other run takes it for what a dead one left
         if not _exchange(partial, output):
             output.rename(aside)
-            partial.rename(output)
-        _sync(output.parent)
+            try:
+                partial.rename(output)
+            except OSError:
+                aside.rename(output)
+                raise
+        with suppress(OSError):
+            _sync(output.parent)
         for each in (partial, aside):
-            shutil.rmtree(each, ignore_errors=True)
+            with suppress(OSError):
+                _remove(each)
     finally:
         os.close(replaced)
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchanges the names of two folders in one step; False where the system cannot."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is None:
-        return False
-    if renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
-        return True
-    if ctypes.get_errno() in (errno.EINVAL, errno.ENOSYS):
-        return False
-    raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(other))
+    """Exchanges the names of two folders in one step; False where the system or the filesystem cannot."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    return bool(renameat2 and renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ctrl-C waits until the block has ended. Only the main thread is ever interrupted."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    waiting: list[tuple[int, FrameType | None]] = []
+    before = signal.signal(signal.SIGINT, lambda *interrupt: waiting.append(interrupt))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if waiting and callable(before):
+            before(*waiting[0])

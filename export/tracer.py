@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..guard.errors import InputError
+from ..guard.errors import InputError, first_line
 from ..guard.parts import final_norm
 
 _PARAMETER = "torch::autograd::AccumulateGrad"
@@ -86,8 +86,7 @@ def trace(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> Trace
                 with torch.enable_grad():
                     model(**batch, use_cache=False)
             except Exception as error:  # foreign code, or inputs that a class does not take, can fail in any way
-                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-                raise InputError(f"{type(model).__name__}: cannot be run to be traced ({reason})") from error
+                raise InputError(f"{type(model).__name__}: cannot be run to be traced ({first_line(error)})") from error
             found.walk(_Place(read[0].grad_fn, 0, 1, read[0].shape[-1]))
     finally:
         handle.remove()

@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from .errors import InputError
+from .errors import InputError, first_line
 from .trust import trusted
 
 COMPANIONS = [
@@ -163,10 +163,10 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, OfflineModeIsEnabled):
         return "offline mode is on (HF_HUB_OFFLINE), and it is not in the cache"
     if isinstance(error, HTTPError):
-        return f"the connection failed: {_first_line(error)}; try again"
+        return f"the connection failed: {first_line(error)}; try again"
     if isinstance(error, json.JSONDecodeError | KeyError):
         return "it answered what a hub does not; try again later"
-    return _first_line(error)
+    return first_line(error)
 
 
 def _status(status: int, said: str) -> str:
@@ -182,7 +182,3 @@ def _status(status: int, said: str) -> str:
     if status >= 500:
         return f"{status}, the hub is in trouble; try again later"
     return f"{status}{said}"
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

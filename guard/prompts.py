@@ -18,6 +18,7 @@ from transformers import BatchFeature
 
 from .errors import InputError
 from .images import ImageKind, draw
+from .processing import encoded
 from .vlm import VLM
 
 BUILT_IN_ANCHORS = Path(str(files("guardfold.guard") / "data" / "anchors.jsonl"))
@@ -147,13 +148,7 @@ def encode(vlm: VLM, prompts: Sequence[Prompt]) -> BatchFeature:
     none of `prompts` have an image.
     """
     conversations: Any = [_conversation(prompt) for prompt in prompts]
-    batch: Any = vlm.processor.apply_chat_template(
-        conversations,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        processor_kwargs={"padding": True, "return_tensors": "pt"},
-    )
+    batch = encoded(vlm.processor, conversations, vlm.folder)
     if "token_type_ids" not in inspect.signature(vlm.model.forward).parameters:
         batch.pop("token_type_ids", None)
     return batch.to(vlm.device, dtype=vlm.model.dtype)

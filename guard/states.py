@@ -16,10 +16,10 @@ from .images import ImageKind
 from .parts import decoder_layers, output_tensor
 from .progress import batched
 from .prompts import Prompt, encode, illustrated, positions
-from .vlm import VLM
+from .vlm import VLM, running
 
 
-class _Enough(Exception):  # noqa: N818
+class _Enough(BaseException):
     """Raised from the last hook that was needed: nothing above it has to run."""
 
 
@@ -49,7 +49,8 @@ def forward(model: Any, batch: BatchFeature, **options: Any) -> Any:
     """One pass of `model` (with or without its head) over a left-padded batch, positions counted from real tokens."""
     if not hasattr(model.base_model, "get_rope_index"):  # multimodal rotary positions are the model's own business
         options["position_ids"] = positions(batch)
-    return model(**batch, **options)
+    with running(model):
+        return model(**batch, **options)
 
 
 @torch.inference_mode()

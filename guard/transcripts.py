@@ -17,7 +17,7 @@ from .parts import decoder_layers, mlp_parts
 from .progress import batched
 from .prompts import Prompt, encode, illustrated
 from .states import forward
-from .vlm import VLM, image_token_of
+from .vlm import VLM, image_token_of, running
 
 
 class Place(IntEnum):
@@ -55,10 +55,9 @@ def answer(
     answers: list[tuple[int, ...]] = []
     for batch in batched(prompts, vlm.batch_size, what):
         inputs = encode(vlm, illustrated(batch, kind))
-        made = model.generate(**inputs, do_sample=False, max_new_tokens=tokens, suppress_tokens=_never_said(model))[
-            :, inputs["input_ids"].shape[1] :
-        ]
-        answers += [tuple(_until_end(vlm, row)) for row in made.tolist()]
+        with running(model):
+            made = model.generate(**inputs, do_sample=False, max_new_tokens=tokens, suppress_tokens=_never_said(model))
+        answers += [tuple(_until_end(vlm, row)) for row in made[:, inputs["input_ids"].shape[1] :].tolist()]
     return Transcripts(tuple(prompts), tuple(answers), kind)
 
 

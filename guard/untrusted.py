@@ -16,6 +16,9 @@ MAX_PARTS = 2**21
 ASCII_FROM_BYTES = 2**24
 """A text this long is taken only if it is ASCII: one other character makes all of them four bytes wide in memory."""
 
+FOLDERS = ("additional_chat_templates",)
+"""Inside a model folder, of which transformers opens files."""
+
 
 def open_regular(folder: Path, name: str) -> int:
     """A read-only descriptor of the regular file `name` in `folder`; never blocks, never follows a link elsewhere.
@@ -45,11 +48,11 @@ def open_regular(folder: Path, name: str) -> int:
 def check_files(folder: Path, suffixes: tuple[str, ...]) -> None:
     """InputError if a file of `folder` with such a name is a pipe, a device, or a link that leaves the folder.
 
-    For those who hand the folder to a library that opens files by itself.
+    For those who hand the folder to a library that opens files by itself, some of them in FOLDERS.
     """
-    for path in sorted(folder.iterdir()):
+    for path in sorted([*folder.iterdir(), *(path for inner in FOLDERS for path in (folder / inner).glob("*"))]):
         if path.name.endswith(suffixes):
-            os.close(open_regular(folder, path.name))
+            os.close(open_regular(folder, str(path.relative_to(folder))))
 
 
 def read_bytes(folder: Path, name: str, limit: int) -> bytes:

@@ -25,10 +25,10 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from .errors import InputError
+from .errors import InputError, Refused, first_line
 from .hub import download, is_hub_id, split_revision
 from .parts import decoder_layers
-from .templates import check_template
+from .processing import check_processor
 from .trust import MAX_CONFIG_BYTES, check_code, trusted
 from .untrusted import check_files, parse_object, read_bytes
 
@@ -82,7 +82,10 @@ IMAGE_TOKENS = ("image_token_id", "image_token_index", "media_placeholder_token_
 
 SMALL_BYTES = 64 * 2**20
 
-MAX_NUMBERS = {"layers": 1024, "depth": 1024, "experts": 1024, "heads": 4096, "image_size": 4096, "size": 2**22}
+MAX_NUMBERS = {
+    **{"layer": 1024, "layers": 1024, "depth": 1024, "depths": 1024, "experts": 1024, "attention_types": 1024},
+    **{"heads": 4096, "image_size": 4096, "labels": 2**16, "size": 2**22, "positions": 2**24, "embeddings": 2**24},
+}
 """End of a key in config.json -> the largest number it may have: far above any model, far below exhausting memory."""
 
 MAX_NUMBER = 2**32
@@ -226,7 +229,7 @@ def load(folder: Path, device: str | None = None, dtype: torch.dtype | None = No
             output_loading_info=True,
         )
     except Exception as error:  # foreign files can break a constructor in any way
-        raise InputError(f"{folder}: transformers cannot load it ({_first_line(error)})") from error
+        raise InputError(f"{folder}: transformers cannot load it ({first_line(error)})") from error
     model, info = loaded
     if info["missing_keys"]:
         raise InputError(f"{folder}: the checkpoint lacks {min(info['missing_keys'])}")
@@ -250,20 +253,32 @@ def threads_for(folder: Path) -> Iterator[None]:
 
 
 def load_processor(folder: Path) -> ProcessorMixin:
-    """The processor in `folder`, padding on the left; InputError if there is none or its chat template fails."""
+    """The processor in `folder`, padding on the left; InputError if there is none or it fails on a short question."""
     try:
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted())
     except Exception as error:  # foreign files can break a tokenizer in any way
-        raise InputError(f"{folder}: transformers cannot load its processor ({_first_line(error)})") from error
+        raise InputError(f"{folder}: transformers cannot load its processor ({first_line(error)})") from error
     if getattr(processor, "tokenizer", None) is None:
         raise InputError(f"{folder}: its processor has no tokenizer")
     if processor.chat_template is None and processor.tokenizer.chat_template is None:
         raise InputError(f"{folder}: its processor has no chat template (chat_template.jinja)")
-    check_template(processor, folder)
     processor.tokenizer.padding_side = "left"
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    check_processor(processor, folder)
     return processor
+
+
+@contextmanager
+def running(model: PreTrainedModel) -> Iterator[None]:
+    """InputError, in one line, for what foreign numbers break while the block runs the model."""
+    try:
+        yield
+    except (InputError, Refused, MemoryError):
+        raise
+    except Exception as error:
+        where = getattr(model, "name_or_path", "") or type(model).__name__
+        raise InputError(f"{where}: transformers cannot run it ({first_line(error)})") from error
 
 
 def meta_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -276,16 +291,12 @@ def meta_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMo
         with init_empty_weights(include_buffers=False):
             model = auto.from_config(config, dtype=dtype, experts_implementation="eager", trust_remote_code=trusted())
     except Exception as error:  # foreign numbers can break a constructor in any way
-        reason = _first_line(error)
+        reason = first_line(error)
         raise InputError(f"{folder}: config.json describes no model that transformers can build ({reason})") from error
     if not hasattr(model.config.get_text_config(), "hidden_size"):
         raise InputError(f"{folder}: {type(model.config).__name__} names no text model with a hidden_size")
     model.tie_weights()
     return model.eval()
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def image_token_of(config: PretrainedConfig) -> int:

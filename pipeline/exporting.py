@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -133,7 +134,7 @@ def export_guarded(
 
 def _target(folder: Path, output: Path | str) -> Path:
     """`output`. InputError if writing it would replace the model in `folder`."""
-    if folder.resolve().is_relative_to(Path(output).resolve()):
+    if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(output)):
         raise InputError(f"{output}: holds the model itself; choose another --output")
     return Path(output)
 

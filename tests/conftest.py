@@ -42,6 +42,12 @@ def tiny(tiny_folder: Path) -> VLM:
     return load(tiny_folder, "cpu", torch.float32)
 
 
+@pytest.fixture
+def model(tmp_path: Path, tiny_folder: Path) -> Path:
+    """A copy of the tiny model."""
+    return Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+
+
 @pytest.fixture(scope="session")
 def guardfold(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
     """The command line."""

@@ -42,6 +42,47 @@ def test_the_module_runs_as_a_command_and_does_not_load_torch_to_say_its_version
     assert not imported & {"torch", "transformers"}
 
 
+INTERRUPTED = """
+import atexit, os, signal, sys
+
+def interrupt(*_):
+    os.kill(os.getpid(), signal.SIGINT)
+
+class Imports:
+    def find_spec(self, name, *_):
+        if name == "guardfold.cli":
+            interrupt()
+
+atexit.register(interrupt) if sys.argv.pop(1) == "end" else sys.meta_path.insert(0, Imports())
+from guardfold.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize(("moment", "status", "said"), [("start", 130, "guardfold: interrupted\n"), ("end", 0, "")])
+def test_an_interrupt_at_the_very_start_or_end_is_no_traceback(
+    tmp_path: Path, moment: str, status: int, said: str
+) -> None:
+    done = python("-c", INTERRUPTED, moment, "--version", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (status, said)
+
+
+@pytest.mark.parametrize("closed", ["<&-", "2>&-", "<&- 2>&- >&-", "2>/dev/full"])
+def test_an_error_has_its_status_even_where_it_cannot_be_said(tmp_path: Path, closed: str) -> None:
+    command = f"{sys.executable} -m guardfold inspect nowhere {closed}"
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, env={**os.environ, **ENVIRONMENT}, check=False)
+    assert done.returncode == 2
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a\x1b[2Jb", "a\nb"])
+def test_an_odd_name_is_refused_in_one_line_that_a_terminal_can_show(
+    guardfold: Command, tmp_path: Path, name: str
+) -> None:
+    done = guardfold("inspect", name, cwd=tmp_path)
+    assert done.status == 2
+    assert done.complaint.isprintable()
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_says_what_a_verb_does(guardfold: Command, tmp_path: Path, verb: str) -> None:
     done = guardfold(verb, "--help", cwd=tmp_path)

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -22,7 +23,7 @@ from guardfold import cli
 from guardfold.export import rewrite as rewriter
 from guardfold.export import staging as stages
 from guardfold.export.staging import check_room, staging
-from guardfold.guard import templates
+from guardfold.guard import processing
 from guardfold.guard.errors import InputError
 
 
@@ -105,15 +106,19 @@ class Endless:
             pass
 
 
-def test_a_run_killed_while_it_tries_a_template_leaves_no_lock_and_no_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("closed", [(), (0, 1, 2)], ids=["with streams", "without"])
+def test_a_run_killed_while_it_tries_a_processor_leaves_no_lock_and_no_process(
+    tmp_path: Path, closed: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Without standard streams, the lock gets the number of one."""
     said, processor, output = tmp_path / "said", Endless(tmp_path / "said"), tmp_path / "guarded"
-    monkeypatch.setattr(templates, "SECONDS", 2.0)
+    monkeypatch.setattr(processing, "SECONDS", 2.0)
 
     def killed() -> None:
+        for stream in closed:
+            os.close(stream)
         with staging(output, False):
-            templates.check_template(cast(Any, processor), tmp_path)
+            processing.check_processor(cast(Any, processor), tmp_path)
 
     child = forked(killed)
     with within(60):
@@ -126,6 +131,141 @@ def test_a_run_killed_while_it_tries_a_template_leaves_no_lock_and_no_process(
         assert runs(said.read_text()), "it renders still, so that the lock is free is no accident"
         while runs(said.read_text()):
             time.sleep(0.01)
+
+
+def test_an_interrupt_ends_the_process_that_tries_a_processor(tmp_path: Path) -> None:
+    said, processor = tmp_path / "said", Endless(tmp_path / "said")
+
+    def interrupted() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with pytest.raises(KeyboardInterrupt):
+            processing.check_processor(cast(Any, processor), tmp_path)
+        assert not runs(said.read_text())
+
+    child = forked(interrupted)
+    with within(60):
+        while not said.exists():
+            time.sleep(0.01)
+        os.kill(child, signal.SIGINT)
+        assert ended(child) == 0
+
+
+def test_an_interrupt_while_an_output_is_published_waits_until_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_and_guard(tmp_path, "5GB")
+    run(tmp_path)
+    publish = stages._publish
+
+    def interrupted(*paths: Path) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        publish(*paths)
+
+    monkeypatch.setattr(stages, "_publish", interrupted)
+    (tmp_path / "out" / "guarded" / "first").touch()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, overwrite=True)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["guarded"]
+    assert not (tmp_path / "out" / "guarded" / "first").exists()
+    assert absent_or_whole(tmp_path / "out" / "guarded", tmp_path / "model")
+
+
+def test_where_names_cannot_be_exchanged_a_rename_that_fails_is_made_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_and_guard(tmp_path, "5GB")
+    run(tmp_path)
+    (tmp_path / "out" / "guarded" / "first").touch()
+    rename = Path.rename
+
+    def failing(path: Path, target: Path) -> Path:
+        if path.name.endswith("-partial"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(path, target)
+
+    monkeypatch.setattr(stages, "_exchange", lambda *_: False)
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(InputError, match="nothing was written"):
+        run(tmp_path, overwrite=True)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["guarded"]
+    assert (tmp_path / "out" / "guarded" / "first").exists()
+
+
+def test_an_output_that_is_there_is_not_called_unwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the rename nothing takes it back: that the folder it is in cannot be synced is no failure."""
+    sync = stages._sync
+
+    def failing(path: Path) -> None:
+        if path == tmp_path / "out":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(path)
+
+    monkeypatch.setattr(stages, "_sync", failing)
+    model_and_guard(tmp_path, "5GB")
+    for overwrite in (False, True):
+        run(tmp_path, overwrite)
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["guarded"]
+        assert absent_or_whole(tmp_path / "out" / "guarded", tmp_path / "model")
+
+
+def test_read_only_folders_are_replaced_without_a_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for users whom the system obeys such modes for: root is above them."""
+    model_and_guard(tmp_path, "5GB")
+    run(tmp_path)
+    old = tmp_path / "out" / "guarded"
+    rmtree = shutil.rmtree
+
+    def strict(folder: Path) -> None:
+        if any(not path.stat().st_mode & 0o200 for path in [folder, *folder.rglob("*")] if path.is_dir()):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        rmtree(folder)
+
+    monkeypatch.setattr("shutil.rmtree", strict)
+    for folder in (old / "guardfold", old):
+        folder.chmod(0o555)
+    run(tmp_path, overwrite=True)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["guarded"]
+
+
+def test_a_filesystem_without_locks_is_named_and_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fcntl.flock", fails(errno.ENOLCK))
+    with pytest.raises(InputError, match="a/b: cannot be locked"), staging(tmp_path / "a" / "b" / "c", False):
+        pytest.fail("entered")
+    assert not any(tmp_path.iterdir())
+
+
+def test_folders_made_for_an_output_that_is_not_to_be_are_removed(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    with pytest.raises(RuntimeError), staging(tmp_path / "a" / "b" / "c" / "d", False):
+        raise RuntimeError
+    assert not any((tmp_path / "a").iterdir())
+
+
+def test_a_link_in_place_of_what_was_replaced_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / ".guarded.guardfold-replaced").symlink_to(tmp_path / "other")
+    with staging(tmp_path / "guarded", False) as stage:
+        (stage / "a").touch()
+    assert not (tmp_path / "guarded").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["guarded", "other"]
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/..", b"a\xff"])
+def test_an_output_without_a_name_that_all_can_read_is_refused(name: str | bytes) -> None:
+    with pytest.raises(InputError, match="--output"), staging(Path(os.fsdecode(name)), True):
+        pytest.fail("entered")
+
+
+def test_a_folder_is_made_with_the_user_s_mask(tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        with staging(tmp_path / "guarded", False) as stage:
+            (stage / "a").touch()
+    finally:
+        os.umask(before)
+    assert (tmp_path / "guarded").stat().st_mode & 0o777 == 0o700
 
 
 def test_where_names_cannot_be_exchanged_a_kill_between_the_renames_is_made_good(tmp_path: Path) -> None:
@@ -386,5 +526,5 @@ def test_an_interrupted_command_ends_with_130_one_line_and_nothing_left(tmp_path
     os.kill(child, signal.SIGINT)
     assert ended(child) == 130
     said = [line for line in (tmp_path / "said").read_text().splitlines() if line]
-    assert said == ["guardfold: interrupted; nothing was written"]
+    assert said == ["guardfold: interrupted; nothing half-written is left"]
     assert nothing_left(tmp_path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -14,25 +13,26 @@ import pytest
 import torch
 from gates import make_gate
 from test_checkpoint import CONFIG, GOOD, container, folder_with, refused, within
-from zoo import change_tensors, random_basis
+from zoo import change_json, change_tensors, random_basis, tensors
 
 from guardfold.export.checkpoint import SINGLE_FILE, Checkpoint, header_bytes, parse_header
 from guardfold.export.writers import family_of
-from guardfold.guard import templates
 from guardfold.guard.errors import InputError
-from guardfold.guard.guard import MAX_GUARD_BYTES, Guard
+from guardfold.guard.guard import MAX_GUARD_BYTES, Guard, Intervention
 from guardfold.guard.interventions import SublayerProjection
 from guardfold.guard.prompts import load_anchors, load_image
 from guardfold.guard.trust import trusting
 from guardfold.guard.untrusted import ASCII_FROM_BYTES, MAX_PARTS, parse_object
-from guardfold.guard.vlm import load_processor, read_config
-from guardfold.pipeline import GuardOptions, export_guarded
+from guardfold.guard.vlm import read_config
+from guardfold.pipeline import Export, GuardOptions, export_guarded
+from guardfold.validators.chat import answer
 
 
-@pytest.fixture
-def model(tmp_path: Path, tiny_folder: Path) -> Path:
-    """A copy of the tiny model."""
-    return Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+def exported(model: Path, place: Path, intervention: Intervention | None = None) -> Export:
+    """`model` with `intervention`, or a projection, exported into `place` without measuring behaviour."""
+    Guard((intervention or SublayerProjection({1: random_basis(1, 32)}),)).save(place / "guard.safetensors")
+    options = GuardOptions(guard=str(place / "guard.safetensors"))
+    return export_guarded(str(model), place / "out" / "guarded", options, skip_behaviour=True)
 
 
 def configured(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
@@ -147,14 +147,8 @@ def test_weights_of_a_dtype_that_cannot_be_folded_are_refused_by_name(
     name = f"language_model.model.layers.1.mlp.{'down' if writer else 'gate'}_proj.weight"
     change_tensors(model, lambda held: held.update({name: held[name].to(dtype)}))
     guard = SublayerProjection({1: random_basis(1, 32)}) if writer else make_gate(recycled=(0, 1))
-    Guard((guard,)).save(tmp_path / "guard.safetensors")
     with pytest.raises(InputError, match=rf"tensor '{name}' is (F8_E|I8).*; quantised checkpoints are not folded: "):
-        export_guarded(
-            str(model),
-            tmp_path / "out" / "guarded",
-            GuardOptions(guard=str(tmp_path / "guard.safetensors")),
-            skip_behaviour=True,
-        )
+        exported(model, tmp_path, guard)
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
 
 
@@ -167,7 +161,11 @@ def test_weights_of_a_dtype_that_cannot_be_folded_are_refused_by_name(
         ("vision_config", "image_size", 2**20, 4096),
         ("text_config", "hidden_size", 2**40, 2**22),
         ("text_config", "num_hidden_layers", -(10**6), 1024),
-        ("text_config", "max_position_embeddings", 2**60, 2**32),
+        ("text_config", "max_position_embeddings", 2**60, 2**24),
+        ("text_config", "sliding_window", 2**60, 2**32),
+        ("text_config", "num_labels", 10**7, 2**16),
+        ("text_config", "n_layer", 10**5, 1024),
+        ("vision_config", "depths", 10**6, 1024),
     ],
 )
 def test_absurd_numbers_are_refused_before_a_model_is_made_of_them(
@@ -230,40 +228,54 @@ def test_a_picture_that_is_not_in_the_folder_is_refused(tmp_path: Path, name: st
         load_image(tmp_path / "images", name, "here")
 
 
-TEMPLATES = {
-    "endless": (
-        "{% for a in range(99999) %}{% for b in range(99999) %}{% set c = a * b %}{% endfor %}{% endfor %}",
-        "takes over 1 seconds",
-    ),
-    "a large text": ("{{ 'a' * 10 ** 11 }}", "takes over .* MB"),
-    "a growing text": (
-        "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}",
-        "takes over .* MB",
-    ),
-    "a long answer": ("{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}", "makes over .* characters"),
-    "not a template": ("{% for %}", "fails .TemplateSyntaxError"),
-    "a complaint": ("{{ raise_exception('not today\nnor tomorrow') }}", "fails .TemplateError: not today nor tomorrow"),
-    "an escape": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "fails .SecurityError"),
-}
-
-
-@pytest.mark.parametrize("kind", TEMPLATES)
-def test_a_hostile_chat_template_is_refused_in_time(model: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    template, says = TEMPLATES[kind]
-    (model / "chat_template.jinja").write_text(template)
-    if kind == "endless":
-        monkeypatch.setattr(templates, "SECONDS", 1.0)
-    with within(60), pytest.raises(InputError, match=f"its chat template {says}") as error:
-        load_processor(model)
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        (None, "image_token_id", 10**6),
+        (None, "image_token_index", "x"),
+        (None, "vision_feature_layer", 99),
+        (None, "output_attentions", True),
+        (None, "return_dict", False),
+        ("text_config", "rms_norm_eps", float("nan")),
+        ("text_config", "rope_parameters", {"rope_type": "default", "rope_theta": float("nan")}),
+    ],
+)
+def test_a_config_that_breaks_a_pass_is_refused_in_one_line(
+    model: Path, tmp_path: Path, part: str | None, key: str, value: object
+) -> None:
+    change_json(model / "config.json", **({part: {key: value}} if part else {key: value}))
+    with pytest.raises(InputError, match=r"cannot run it|are zero or not finite|no model that") as error:
+        exported(model, tmp_path)
     assert "\n" not in str(error.value)
 
 
-def test_a_sound_chat_template_is_taken(model: Path) -> None:
-    (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}{% endfor %}")
-    assert load_processor(model).chat_template
+@pytest.mark.parametrize(("change", "says"), [(0.0, "logits are zero"), (float("nan"), "NaN or Inf|not finite")])
+def test_weights_that_say_nothing_are_refused(model: Path, tmp_path: Path, change: float, says: str) -> None:
+    change_tensors(model, lambda found: found.update({name: tensor * 0 + change for name, tensor in found.items()}))
+    with pytest.raises(InputError, match=says):
+        exported(model, tmp_path)
 
 
-def test_a_damaged_tokenizer_is_refused(model: Path) -> None:
-    (model / "tokenizer.json").write_text('{"version": 7}')
-    with pytest.raises(InputError, match="transformers cannot load its processor"):
-        load_processor(model)
+def test_a_tensor_in_another_dtype_than_the_rest_is_compared_as_well(model: Path, tmp_path: Path) -> None:
+    (name,) = [name for name in tensors(model) if name.endswith("layers.1.mlp.down_proj.weight")]
+    change_tensors(model, lambda found: found.update({name: found[name].double()}))
+    equivalence = exported(model, tmp_path).evidence.equivalence
+    assert equivalence is not None
+    assert equivalence.passed
+
+
+@pytest.mark.parametrize(
+    "settings", [{"num_beams": 2}, {"stop_strings": ["a"]}, {"eos_token_id": "x"}, {"bad_words_ids": [[10**6]]}]
+)
+def test_a_generation_config_that_cannot_be_followed_is_refused(model: Path, settings: dict[str, Any]) -> None:
+    change_json(model / "generation_config.json", **settings)
+    with pytest.raises(InputError, match=r"cannot (run|load) it"):
+        answer(str(model), "How?", None, lambda _: None)
+
+
+def test_templates_elsewhere_are_not_read(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret.jinja").write_text("secret")
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "other.jinja").symlink_to(tmp_path / "secret.jinja")
+    with pytest.raises(InputError, match=r"other\.jinja: leads outside the model folder"):
+        read_config(model)

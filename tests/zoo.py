@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -189,3 +190,11 @@ def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Non
     held = tensors(folder)
     change(held)
     save_file({name: each.contiguous() for name, each in held.items()}, folder / "model.safetensors", {"format": "pt"})
+
+
+def change_json(path: Path, **values: Any) -> None:
+    """The JSON object at `path` with `values`, those of an inner object into it."""
+    table = json.loads(path.read_text())
+    for key, value in values.items():
+        table[key] = {**(table.get(key) or {}), **value} if isinstance(value, dict) else value
+    path.write_text(json.dumps(table))

@@ -20,7 +20,7 @@ from ..export.checkpoint import Checkpoint, TensorInfo, read_shard
 from ..export.edits import Edit, Folded
 from ..export.fold import Fold
 from ..export.merge import NAME, updates
-from ..guard.errors import InputError
+from ..guard.errors import InputError, first_line
 from ..guard.trust import trusted
 from ..guard.vlm import auto_class
 from .integrity import LOAD_BELOW_BYTES, Integrity
@@ -87,8 +87,7 @@ def attach(model: PreTrainedModel, folder: Path) -> Any:
                 adapted.load_adapter(str(folder / BIASED), BIASED)
                 adapted.base_model.set_adapter([NAME, BIASED], inference_mode=True)
     except Exception as error:  # foreign files can break PEFT in any way
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(f"{folder}: PEFT cannot load the adapter ({first})") from error
+        raise InputError(f"{folder}: PEFT cannot load the adapter ({first_line(error)})") from error
     return adapted.eval()
 
 

@@ -11,10 +11,11 @@ from torch import Tensor
 from transformers import BatchFeature, PreTrainedModel
 
 from ..guard.errors import InputError
+from ..guard.processing import QUESTION, Exhausting
 from ..guard.prompts import Prompt, encode, illustrated
 from ..guard.vlm import VLM, image_token_of, load_processor
 
-TEXTS = ("How to bake bread at home?", "How do people usually travel to work, and why do some of them prefer to walk?")
+TEXTS = ("How to bake bread at home?", QUESTION)
 SYNTHETIC_TOKENS = 24
 
 
@@ -26,6 +27,8 @@ def comparison_batches(model: PreTrainedModel, folder: Path) -> dict[str, BatchF
     """
     try:
         processor = load_processor(folder)
+    except Exhausting:
+        raise
     except InputError:
         return {name: batch for name, batch in _drawn(model).items() if _runs(model, batch)}
     vlm = VLM(model, processor, folder)

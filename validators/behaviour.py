@@ -18,7 +18,7 @@ from ..guard.interventions import TwoPass
 from ..guard.progress import batched
 from ..guard.prompts import Prompt, encode, illustrated
 from ..guard.states import text_states
-from ..guard.vlm import VLM
+from ..guard.vlm import VLM, running
 from .benchmarks import Pictured
 from .judge import Judge, matches, mentions
 from .probes import Probes
@@ -94,7 +94,8 @@ def generate(
 def respond(vlm: VLM, inputs: BatchFeature) -> list[str]:
     """Greedy answers to one encoded batch, special tokens left out."""
     model: Any = vlm.model
-    tokens = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
+    with running(model):
+        tokens = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
     new = tokens[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in vlm.processor.batch_decode(new, skip_special_tokens=True)]
 

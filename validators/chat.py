@@ -13,7 +13,7 @@ from ..export.onnx.layout import precisions
 from ..guard.errors import InputError
 from ..guard.prompts import Prompt, encode, load_image
 from ..guard.trust import trusting_if_asked
-from ..guard.vlm import VLM, load, resolve
+from ..guard.vlm import VLM, load, resolve, running
 from .runner import Runner, graphs_in
 
 RUNTIMES = ("torch", "onnx")
@@ -48,7 +48,8 @@ def answer(
     speaking: Any = vlm.model
     with torch.inference_mode():
         inputs = encode(vlm, [Prompt(text, picture)])
-        speaking.generate(**inputs, do_sample=False, max_new_tokens=most, streamer=_Saying(vlm, say))
+        with running(vlm.model):
+            speaking.generate(**inputs, do_sample=False, max_new_tokens=most, streamer=_Saying(vlm, say))
 
 
 def _in_onnxruntime(folder: Path, precision: str | None, provider: str) -> VLM:

@@ -7,6 +7,7 @@ entry in the file is that fold's to the last place (written.py).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +25,7 @@ from ..guard.guard import Guard
 from ..guard.hooks import attached
 from ..guard.progress import bar
 from ..guard.states import forward
+from ..guard.vlm import running
 from .adapted import Adapted
 from .batches import comparison_batches
 from .leaks import activation_tolerance, leak_probe, tensor_leaks, tensor_tolerance
@@ -110,12 +112,13 @@ def _logits(model: PreTrainedModel, batches: Batches) -> Logits:
 def _greedy(model: Any, batches: Batches) -> list[int]:
     """GREEDY_TOKENS most likely tokens after every prompt, with a KV cache, one list for all."""
     count = {"min_new_tokens": GREEDY_TOKENS, "max_new_tokens": GREEDY_TOKENS, "do_sample": False}
-    return [
-        token
-        for batch in batches.values()
-        for row in model.generate(**batch, **count)[:, batch["input_ids"].shape[1] :].tolist()
-        for token in row
-    ]
+    with running(model):
+        return [
+            token
+            for batch in batches.values()
+            for row in model.generate(**batch, **count)[:, batch["input_ids"].shape[1] :].tolist()
+            for token in row
+        ]
 
 
 def _agreement(a: Sequence[Any], b: Sequence[Any]) -> float | None:
@@ -160,6 +163,8 @@ def _compare(
         progress.advance(task)
         exact_logits = got
         scale = max(float(each.abs().max()) for each in original.values())
+        if not 0 < scale < math.inf:
+            raise InputError(f"{source.folder}: its logits are zero or not finite; weights or config are damaged")
         if rounded or fold.left_out:
             with streamed(source, fold, folded.folder, dtype) as model:
                 exact_logits = _logits(model, batches)

@@ -28,7 +28,7 @@ from ..guard.images import IMAGE_KINDS
 from ..guard.progress import track
 from ..guard.prompts import Prompt, encode, illustrated
 from ..guard.states import forward
-from ..guard.vlm import VLM, load, load_processor
+from ..guard.vlm import VLM, load, load_processor, running
 from .batches import TEXTS, comparison_batches
 from .runner import Runner
 from .verdict import Verdict
@@ -133,7 +133,8 @@ def observe(model: Any, batches: Batches, guard: Guard | None = None) -> Referen
         for name, batch in batches.items():
             logits = forward(model, batch, use_cache=False).logits.float()[batch["attention_mask"].bool()]
             start = time.perf_counter()
-            made = model.generate(**batch, **count, output_logits=True, return_dict_in_generate=True)
+            with running(model):
+                made = model.generate(**batch, **count, output_logits=True, return_dict_in_generate=True)
             seconds = time.perf_counter() - start
             tokens = made.sequences[:, batch["input_ids"].shape[1] :]
             steps = torch.stack(made.logits).float()

@@ -36,7 +36,7 @@ which some classes use outside the module's forward."""
 
 
 class _Weights:
-    """The tensors of a checkpoint by their names in memory, in `dtype` or better, read by rows, edited on the way."""
+    """The tensors of a checkpoint by their names in memory, in `dtype`, read by rows, edited on the way."""
 
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, fold: Fold, dtype: torch.dtype) -> None:
         self.checkpoint, self.dtype = checkpoint, dtype
@@ -105,7 +105,7 @@ class _Weights:
         return self._wide_rows(disk, first, last)
 
     def _wide(self, block: Tensor) -> Tensor:
-        return block.to(torch.promote_types(block.dtype, self.dtype)) if block.is_floating_point() else block
+        return block.to(self.dtype) if block.is_floating_point() else block
 
 
 def _linear(weights: _Weights, name: str, module: nn.Linear, states: Tensor) -> Tensor:
