@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ MAX_PARTS = 2**21
 
 ASCII_FROM_BYTES = 2**24
 """A text this long is taken only if it is ASCII: one other character makes all of them four bytes wide in memory."""
+
+SHOWN_CHARACTERS = 200
+"""Of a foreign text in a line of output."""
 
 
 def open_regular(folder: Path, name: str) -> int:
@@ -32,14 +36,30 @@ def open_regular(folder: Path, name: str) -> int:
         allowed.append(home.parent.parent / "blobs")
     if not any(real.is_relative_to(place) for place in allowed):
         raise InputError(f"{path}: leads outside the model folder, to {real}")
+    descriptor = None
     try:
-        descriptor = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+        if stat.S_ISREG(real.lstat().st_mode):  # a device may do something on being opened
+            descriptor = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+            if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                return descriptor
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    if descriptor is not None:  # it was replaced meanwhile
         os.close(descriptor)
-        raise InputError(f"{path}: not a regular file")
-    return descriptor
+    raise InputError(f"{path}: not a regular file")
+
+
+def entries(folder: Path) -> Iterator[Path]:
+    """Everything at any depth of `folder` that is not a folder itself. Links are not followed, whatever they are to."""
+    waiting = [folder]
+    while waiting:
+        place = waiting.pop()
+        try:
+            found = list(os.scandir(place))
+        except OSError as error:
+            raise InputError(f"{place}: cannot be read ({error.strerror})") from error
+        waiting += [place / each.name for each in found if each.is_dir(follow_symlinks=False)]
+        yield from (place / each.name for each in found if not each.is_dir(follow_symlinks=False))
 
 
 def check_files(folder: Path, suffixes: tuple[str, ...]) -> None:
@@ -55,10 +75,16 @@ def check_files(folder: Path, suffixes: tuple[str, ...]) -> None:
 def read_bytes(folder: Path, name: str, limit: int) -> bytes:
     """The bytes of `name` in `folder`. InputError if it is no regular file of the folder, or larger than `limit`."""
     with os.fdopen(open_regular(folder, name), "rb") as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
+        data = file.read(limit + 1) if os.fstat(file.fileno()).st_size <= limit else None
+    if data is None or len(data) > limit:
         raise InputError(f"{folder / name}: larger than {limit} bytes")
     return data
+
+
+def printable(text: str) -> str:
+    """`text` for a line of output: what does not print is escaped, what is over SHOWN_CHARACTERS left out."""
+    shown = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text[:SHOWN_CHARACTERS])
+    return shown if len(text) <= SHOWN_CHARACTERS else f"{shown}..."
 
 
 def parse_object(text: bytes, where: str) -> dict[str, Any]:

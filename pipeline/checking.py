@@ -46,7 +46,7 @@ def check_guarded(
 
     Raises InputError if either cannot be loaded or `folder` brings no guard file.
     """
-    base, guard = resolve(against), Guard.load(folder / GUARD_FILE)
+    base, guard = resolve(against), Guard.load(folder / GUARD_FILE, folder)
     rounding = written_rounding(folder)
     with based_on(*base, adapter, folder.parent, family_file) as (_, origin), threads_for(origin):
         checkpoint = Checkpoint.open(origin)

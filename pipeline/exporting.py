@@ -146,7 +146,8 @@ def _add_graphs(
         raise InputError(
             f"{folder}: is guarded already; leave the guard's options out, or give the model it was made of"
         )
-    manifest, guard, checkpoint = load_manifest(folder), Guard.load(folder / GUARD_FILE), Checkpoint.open(folder)
+    manifest = load_manifest(folder, "figures")
+    guard, checkpoint = Guard.load(folder / GUARD_FILE, folder), Checkpoint.open(folder)
     for difference in differences(folder, manifest):
         raise InputError(f"{folder / difference}, so it is not what was measured; guard the original model again")
     plan = formats.plan(guard)
