@@ -378,7 +378,7 @@ def test_an_index_that_is_unsound_names_nothing(hub: HubServer, text: str) -> No
     [
         (None, "no guardfold.json"),
         ("{", "not sound JSON"),
-        ("[]", "not a manifest"),
+        ("[]", "not a JSON object"),
         ('{"files": {}}', "not a manifest"),
     ],
 )
