@@ -18,7 +18,7 @@ from ..guard.errors import InputError
 from ..guard.guard import Guard
 from ..guard.hub import is_hub_id
 from ..guard.trust import code_of
-from ..guard.untrusted import entries, open_regular, parse_object, read_bytes
+from ..guard.untrusted import check_name, entries, open_regular, parse_object, read_bytes
 from ..guard.vlm import auto_class, read_config
 from .rounding import Rounding
 from .staging import MANIFEST
@@ -39,6 +39,9 @@ class Source:
     folder: Path
     adapter: Mapping[str, Any] | None = None
     """The adapter that was merged first: its name, hub commit and hash."""
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
 
     def describe(self) -> dict[str, Any]:
         merged = {"adapter": dict(self.adapter)} if self.adapter else {}
@@ -209,9 +212,8 @@ def _missing(notes: AdapterNotes) -> list[str]:
 def extend_card(folder: Path) -> None:
     """Says in the card in `folder` how its graphs are run."""
     card = folder / "README.md"
-    card.write_text(
-        "\n\n".join([card.read_text(encoding="utf-8").rstrip(), *_running(folder)]) + "\n", encoding="utf-8"
-    )
+    said = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    card.write_text("\n\n".join([said.rstrip(), *_running(folder)]) + "\n", encoding="utf-8")
 
 
 def _loading(folder: Path, names: Mapping[str, str]) -> list[str]:

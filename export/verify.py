@@ -9,7 +9,7 @@ from typing import Any
 
 from ..guard.errors import InputError
 from ..guard.hub import download_everything, is_hub_id, split_revision
-from ..guard.untrusted import parse_object, printable, read_bytes
+from ..guard.untrusted import is_folder, parse_object, printable, read_bytes
 from .card import MANIFEST, MAX_MANIFEST_BYTES, NOT_READ, file_hashes
 
 NEEDED = {"files": dict, "verdict": str, "verified": bool}
@@ -52,7 +52,7 @@ def verify(name: str) -> Verification:
     whether the files are those it speaks of, not who wrote it.
     """
     folder = Path(name)
-    if not os.path.isdir(name):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
+    if not is_folder(folder):
         hub_id, revision = split_revision(name)
         if not is_hub_id(hub_id):
             raise InputError(f"{name}: no such folder; give one, or a hub id (owner/name)")

@@ -49,6 +49,16 @@ def open_regular(folder: Path, name: str) -> int:
     raise InputError(f"{path}: not a regular file")
 
 
+def is_folder(path: Path | str) -> bool:
+    """Whether `path` is a folder. False for a name that the system does not take, where Path.is_dir raises OSError."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
+def is_file(path: Path | str) -> bool:
+    """Whether `path` is a file, or a link to one. False as is_folder."""
+    return os.path.isfile(path)  # noqa: PTH113
+
+
 def entries(folder: Path) -> Iterator[Path]:
     """Everything at any depth of `folder` that is not a folder itself. Links are not followed, whatever they are to."""
     waiting = [folder]
@@ -85,6 +95,14 @@ def printable(text: str) -> str:
     """`text` for a line of output: what does not print is escaped, what is over SHOWN_CHARACTERS left out."""
     shown = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text[:SHOWN_CHARACTERS])
     return shown if len(text) <= SHOWN_CHARACTERS else f"{shown}..."
+
+
+def check_name(name: str) -> None:
+    """InputError if `name`, which files are to mention, is not UTF-8: the name of a folder may be of any bytes."""
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{printable(name)}: this name is not UTF-8; rename the folder") from error
 
 
 def parse_object(text: bytes, where: str) -> dict[str, Any]:

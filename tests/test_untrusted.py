@@ -18,7 +18,7 @@ from zoo import change_tensors, random_basis
 
 from guardfold.export.checkpoint import SINGLE_FILE, Checkpoint, header_bytes, parse_header
 from guardfold.export.writers import family_of
-from guardfold.guard import templates
+from guardfold.guard import templates, untrusted
 from guardfold.guard.errors import InputError
 from guardfold.guard.guard import MAX_GUARD_BYTES, Guard
 from guardfold.guard.interventions import SublayerProjection
@@ -27,6 +27,7 @@ from guardfold.guard.trust import trusting
 from guardfold.guard.untrusted import ASCII_FROM_BYTES, MAX_PARTS, parse_object
 from guardfold.guard.vlm import load_processor, read_config
 from guardfold.pipeline import GuardOptions, export_guarded
+from guardfold.validators.recorded import recall
 
 
 @pytest.fixture
@@ -228,6 +229,21 @@ def test_a_picture_that_is_not_in_the_folder_is_refused(tmp_path: Path, name: st
     (tmp_path / "images" / "linked.png").symlink_to(tmp_path / "secret.png")
     with pytest.raises(InputError, match=r"^here: .* is not a file inside"):
         load_image(tmp_path / "images", name, "here")
+
+
+def test_a_report_outside_the_folder_or_that_would_fill_the_memory_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "secret").write_text('{"outcomes": null}')
+    (tmp_path / "good").mkdir()
+    like: Any = None
+    (tmp_path / "good" / "report.json").symlink_to("../secret")
+    with pytest.raises(InputError, match=r"report\.json: leads outside the model folder"):
+        recall(tmp_path / "good", like, "phrases", like)
+    monkeypatch.setattr(untrusted, "MAX_PARTS", 1000)
+    (tmp_path / "report.json").write_text(json.dumps({"a": [[]] * 2000}))
+    with pytest.raises(InputError, match=r"report\.json: not sound JSON \(over 1000 values"):
+        recall(tmp_path, like, "phrases", like)
 
 
 TEMPLATES = {

@@ -14,13 +14,15 @@ from published import publish
 from test_checkpoint import within
 from zoo import random_basis
 
-from guardfold.export.verify import load_manifest, verify
+from guardfold.export.card import extend_card
+from guardfold.export.formats import Formats
+from guardfold.export.verify import NEEDED, load_manifest, verify
 from guardfold.guard import untrusted
 from guardfold.guard.errors import InputError
 from guardfold.guard.guard import Guard
 from guardfold.guard.interventions import SublayerProjection
 from guardfold.guard.untrusted import printable
-from guardfold.pipeline import check_guarded
+from guardfold.pipeline import GuardOptions, check_guarded, export_guarded, exporting, extract_guard, extract_to
 
 
 @pytest.fixture
@@ -169,6 +171,44 @@ def test_a_manifest_may_lack_what_is_not_asked_for(folder: Path) -> None:
         load_manifest(folder, "figures")
 
 
+@pytest.mark.parametrize("part", [{"figures": 5}, {"figures": None}, {"source": 5}, {"files": [1]}, None], ids=str)
+def test_graphs_are_not_begun_where_the_manifest_cannot_take_them(
+    folder: Path, part: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporting, "graphs", lambda *_: pytest.fail("too late"))
+    if part:
+        change(folder, **part)
+    else:
+        kept = {name: value for name, value in load_manifest(folder).items() if name in NEEDED}
+        (folder / "guardfold.json").write_text(json.dumps(kept))
+    with pytest.raises(InputError, match=r"guardfold\.json: not a manifest that guardfold wrote"):
+        export_guarded(str(folder), folder.parent / "out", formats=Formats("onnx"))
+    assert not (folder.parent / "out").exists()
+
+
+@pytest.mark.parametrize("card", [None, b"\xff"])
+def test_a_card_that_is_missing_or_not_text_is_still_extended(tmp_path: Path, card: bytes | None) -> None:
+    if card:
+        (tmp_path / "README.md").write_bytes(card)
+    (tmp_path / "model.onnx").touch()
+    extend_card(tmp_path)
+    assert "- `model.onnx`" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_model_folder_whose_name_is_not_utf_8_is_refused_at_once(folder: Path) -> None:
+    model, output = str(folder.rename(folder.parent / os.fsdecode(b"b\xff"))), folder.parent / "out"
+    runs: tuple[Callable[[], object], ...] = (
+        lambda: export_guarded(model, output, skip_behaviour=True),
+        lambda: export_guarded(model, output, formats=Formats("onnx")),
+        lambda: export_guarded("demo", output, adapter=model, skip_behaviour=True),
+        lambda: extract_to(output, model, GuardOptions("projection")),
+    )
+    for run in runs:
+        with pytest.raises(InputError, match=r"^b\\udcff: this name is not UTF-8; rename the folder$"):
+            run()
+    assert not output.exists()
+
+
 @pytest.mark.parametrize("name", ["x" * 300, "owner/" + "x" * 300, "x/y/" + "z" * 300])
 def test_a_name_that_is_too_long_is_no_folder(name: str) -> None:
     with pytest.raises(InputError, match=r"x{100}|z{100}"):
@@ -177,3 +217,8 @@ def test_a_name_that_is_too_long_is_no_folder(name: str) -> None:
         load_manifest(Path(name))
     with pytest.raises(InputError, match="no such guard file"):
         check_guarded(Path(name), "demo", skip_behaviour=True)
+    with pytest.raises(InputError, match="neither a guard file nor a preset"):
+        extract_guard("demo", GuardOptions(name))
+    for place in (Path(name), Path(name) / "guard.safetensors"):
+        with pytest.raises(InputError, match=r"no such folder|cannot be written"):
+            extract_to(place, "demo", GuardOptions("projection"))
