@@ -14,6 +14,9 @@ from .errors import InputError
 MAX_PARTS = 2**21
 """Commas, brackets and braces in a JSON text: 11 a tensor in a header. Each may cost 230 bytes of memory."""
 
+MAX_DEPTH = 100
+"""Levels of JSON. What can be read and is to be written again must not be at the limit of what Python can."""
+
 ASCII_FROM_BYTES = 2**24
 """A text this long is taken only if it is ASCII: one other character makes all of them four bytes wide in memory."""
 
@@ -124,4 +127,19 @@ def parse_object(text: bytes, where: str) -> dict[str, Any]:
         raise InputError(f"{where}: not sound JSON ({error})") from error
     if not isinstance(parsed, dict):
         raise InputError(f"{where}: not a JSON object")
+    if _deeper(parsed, MAX_DEPTH):
+        raise InputError(f"{where}: not sound JSON (over {MAX_DEPTH} levels deep)")
     return parsed
+
+
+def _deeper(value: Any, depth: int) -> bool:
+    """Whether `value` holds anything more than `depth` levels down."""
+    level = [value]
+    for _ in range(depth):
+        level = [
+            inner
+            for each in level
+            if isinstance(each, dict | list)
+            for inner in (each.values() if isinstance(each, dict) else each)
+        ]
+    return bool(level)

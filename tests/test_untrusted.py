@@ -199,6 +199,16 @@ def test_json_that_would_fill_the_memory_is_refused_unread() -> None:
     assert parse_object(b'{"a": "' + b"a" * ASCII_FROM_BYTES + b'"}', "x")
 
 
+@pytest.mark.parametrize("levels", [99, 100, 900, 100_000])
+def test_json_that_could_be_read_and_not_written_again_is_refused(levels: int) -> None:
+    text = b'{"a": ' + b"[" * levels + b"]" * levels + b"}"
+    if levels < 100:
+        assert parse_object(text, "x")
+        return
+    with pytest.raises(InputError, match=r"^x: not sound JSON"):
+        parse_object(text, "x")
+
+
 def test_a_guard_file_that_is_far_too_large_is_not_opened(tmp_path: Path) -> None:
     with (tmp_path / "guard.safetensors").open("wb") as file:
         file.truncate(MAX_GUARD_BYTES + 1)
