@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from . import __version__
-from .guard.errors import InputError, Refused, printable
+from .guard.errors import InputError, Refused
+from .guard.untrusted import printable
 from .options import (
     MODEL_HELP,
     QA,
@@ -72,6 +73,9 @@ app = typer.Typer(
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C."""
+
+LINE_CHARACTERS = 1000
+"""Of what is said of an error."""
 
 
 def _version(wanted: bool) -> None:
@@ -483,8 +487,8 @@ def _begin(model: str) -> None:
         print(f"{model}: {ALIASES[model]}", file=sys.stderr)
 
 
-def _one_line(error: BaseException) -> str:
-    return printable(str(error)) or type(error).__name__
+def _one_line(said: object) -> str:
+    return printable(" ".join(str(said).split()), LINE_CHARACTERS) or type(said).__name__
 
 
 def _open_standard_streams() -> None:
@@ -517,11 +521,11 @@ def main() -> None:
         status, message, cause = 3, f"refused: {_one_line(error)}", error
     except OSError as error:
         where = f"{error.filename}: " if error.filename is not None else ""
-        status, message, cause = 2, f"error: {printable(f'{where}{error.strerror or error}')}", error
+        status, message, cause = 2, f"error: {_one_line(f'{where}{error.strerror or error}')}", error
     except Exception as error:
         cause = error
         if hasattr(error, "format_message"):  # what the parser says of a command it cannot take
-            status, message = 2, f"error: {printable(error.format_message())} (--help explains)"
+            status, message = 2, f"error: {_one_line(error.format_message())} (--help explains)"
         else:
             status, message = 1, f"unexpected {type(error).__name__}: {_one_line(error)} (--debug shows where)"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is left to do is to end

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,15 +14,18 @@ from typing import Any
 from huggingface_hub import ModelCardData, metadata_load
 
 from .. import __version__
+from ..guard.errors import InputError
 from ..guard.guard import Guard
 from ..guard.hub import is_hub_id
 from ..guard.trust import code_of
-from ..guard.untrusted import parse_object, read_bytes
+from ..guard.untrusted import check_name, entries, open_regular, parse_object, read_bytes
 from ..guard.vlm import auto_class, read_config
 from .rounding import Rounding
 from .staging import MANIFEST
 
 MAX_MANIFEST_BYTES = 64 * 2**20
+NOT_READ = "not read"
+"""In place of a hash."""
 
 GUARD_FILE = Path("guardfold") / "guard.safetensors"
 """In a folder of its own: some runtimes load every safetensors file that lies beside the weights."""
@@ -35,6 +39,9 @@ class Source:
     folder: Path
     adapter: Mapping[str, Any] | None = None
     """The adapter that was merged first: its name, hub commit and hash."""
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
 
     def describe(self) -> dict[str, Any]:
         merged = {"adapter": dict(self.adapter)} if self.adapter else {}
@@ -62,13 +69,20 @@ class AdapterNotes:
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """Path inside `folder` -> SHA-256, for every file but the manifest itself."""
-    hashes = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path != folder / MANIFEST:
-            with path.open("rb") as file:
-                hashes[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
+    """Path inside `folder` -> SHA-256, for every file but the manifest itself; NOT_READ for what is no regular file, or
+    a link that leaves the folder.
+    """
+    names = sorted(path.relative_to(folder).as_posix() for path in entries(folder))
+    return {name: _file_hash(folder, name) for name in names if name != MANIFEST}
+
+
+def _file_hash(folder: Path, name: str) -> str:
+    try:
+        descriptor = open_regular(folder, name)
+    except InputError:
+        return NOT_READ
+    with os.fdopen(descriptor, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def written_rounding(folder: Path) -> Rounding:
@@ -198,9 +212,8 @@ def _missing(notes: AdapterNotes) -> list[str]:
 def extend_card(folder: Path) -> None:
     """Says in the card in `folder` how its graphs are run."""
     card = folder / "README.md"
-    card.write_text(
-        "\n\n".join([card.read_text(encoding="utf-8").rstrip(), *_running(folder)]) + "\n", encoding="utf-8"
-    )
+    said = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    card.write_text("\n\n".join([said.rstrip(), *_running(folder)]) + "\n", encoding="utf-8")
 
 
 def _loading(folder: Path, names: Mapping[str, str]) -> list[str]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 from ..guard.errors import InputError
+from ..guard.untrusted import check_name
 
 MANIFEST = "guardfold.json"
 """What a folder that guardfold wrote holds: the only kind that --overwrite replaces."""
@@ -73,10 +74,7 @@ def check_room(folder: Path, needed: int) -> None:
 def _check_name(output: Path) -> None:
     if output.name in ("", ".."):
         raise InputError(f"--output {output}: has no name of its own; give the folder that is to be made")
-    try:
-        os.fsencode(output).decode()
-    except UnicodeDecodeError as error:
-        raise InputError(f"--output {output}: not UTF-8, which what reads the weights asks for") from error
+    check_name(str(output))
 
 
 def _check_replaceable(output: Path, overwrite: bool) -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..guard.errors import InputError
 from ..guard.hub import download_everything, is_hub_id, split_revision
-from .card import MANIFEST, file_hashes
+from ..guard.untrusted import is_folder, parse_object, printable, read_bytes
+from .card import MANIFEST, MAX_MANIFEST_BYTES, NOT_READ, file_hashes
 
-MAX_MANIFEST_BYTES = 64 * 2**20
+NEEDED = {"files": dict, "verdict": str, "verified": bool}
+"""What no manifest is without, and of what kind."""
+
+KINDS = {**NEEDED, "source": dict, "figures": dict}
+"""Of what kind the parts are that are used, where there are any."""
+
 NOT_OURS = (".git", ".cache")
 """Folders that git and huggingface_hub keep in a checkout or a download."""
 
@@ -30,11 +36,12 @@ class Verification:
     def __str__(self) -> str:
         """What a verified folder is, in a line."""
         source = self.manifest.get("source", {})
-        commit = f" at commit {source['revision']}" if source.get("revision") else ""
+        commit = f" at commit {printable(str(source['revision']))}" if source.get("revision") else ""
+        model = printable(str(source.get("model", "unknown")))
         standing = "VERIFIED" if self.manifest["verified"] else "NOT VERIFIED"
         return (
             f"all {len(self.manifest['files'])} files are the ones that were measured; made from "
-            f"{source.get('model', 'unknown')}{commit}; verdict: {self.manifest['verdict']} ({standing})"
+            f"{model}{commit}; verdict: {self.manifest['verdict']} ({standing})"
         )
 
 
@@ -45,7 +52,7 @@ def verify(name: str) -> Verification:
     whether the files are those it speaks of, not who wrote it.
     """
     folder = Path(name)
-    if not folder.is_dir():
+    if not is_folder(folder):
         hub_id, revision = split_revision(name)
         if not is_hub_id(hub_id):
             raise InputError(f"{name}: no such folder; give one, or a hub id (owner/name)")
@@ -54,31 +61,39 @@ def verify(name: str) -> Verification:
     return Verification(folder, manifest, differences(folder, manifest))
 
 
-def load_manifest(folder: Path) -> dict[str, Any]:
-    """guardfold.json of `folder`: at least `files` (path -> SHA-256), `verdict`, `verified`. InputError otherwise."""
-    path = folder / MANIFEST
-    if not path.is_file():
+def load_manifest(folder: Path, *more: str) -> dict[str, Any]:
+    """guardfold.json of `folder`: at least `files` (path -> SHA-256), `verdict`, `verified`, and what `more` names.
+    InputError otherwise.
+    """
+    path, needed = folder / MANIFEST, (*NEEDED, *more)
+    if not os.path.lexists(path):
         raise InputError(f"{folder}: no {MANIFEST}; give a folder or a hub id that `guardfold export` made")
-    if path.stat().st_size > MAX_MANIFEST_BYTES:
-        raise InputError(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error})") from error
-    kinds = {"files": dict, "verdict": str, "verified": bool}
-    if not isinstance(manifest, dict) or not all(isinstance(manifest.get(name), kind) for name, kind in kinds.items()):
-        raise InputError(f"{path}: not a manifest that guardfold wrote (it needs files, verdict and verified)")
+    manifest = parse_object(read_bytes(folder, MANIFEST, MAX_MANIFEST_BYTES), str(path))
+    for name in needed:
+        if name not in manifest:
+            raise InputError(f"{path}: not a manifest that guardfold wrote (it needs {', '.join(needed)})")
+    for name, kind in KINDS.items():
+        if name in manifest and not isinstance(manifest[name], kind):
+            raise InputError(
+                f"{path}: not a manifest that guardfold wrote (its {name} is a {type(manifest[name]).__name__})"
+            )
+    if printable(manifest["verdict"]) != manifest["verdict"]:
+        raise InputError(f"{path}: not a manifest that guardfold wrote (verdict {printable(manifest['verdict'])})")
     return manifest
 
 
 def differences(folder: Path, manifest: dict[str, Any]) -> list[str]:
     """What is not as it was measured, a line each: files that differ, are missing, or were added."""
     recorded, found = manifest["files"], file_hashes(folder)
-    added = {path for path in found.keys() - recorded.keys() if not _foreign(path)}
+    both = sorted(recorded.keys() & found.keys())
+    differ = [path for path in both if found[path] != NOT_READ and found[path] != recorded[path]]
+    replaced = [path for path in both if found[path] == NOT_READ]
+    added = sorted(path for path in found.keys() - recorded.keys() if not _foreign(path))
     return [
-        *(f"{path}: missing" for path in sorted(recorded.keys() - found.keys())),
-        *(f"{path}: differs" for path in sorted(recorded.keys() & found.keys()) if recorded[path] != found[path]),
-        *(f"{path}: added; it was never measured" for path in sorted(added)),
+        *(f"{printable(path)}: missing" for path in sorted(recorded.keys() - found.keys())),
+        *(f"{printable(path)}: differs" for path in differ),
+        *(f"{printable(path)}: added in place of a file; it is none of this folder's own" for path in replaced),
+        *(f"{printable(path)}: added; it was never measured" for path in added),
     ]
 
 

@@ -12,14 +12,3 @@ class Refused(Exception):  # noqa: N818
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, or its name."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-MOST_CHARACTERS = 1000
-"""Of one line that a terminal is to show."""
-
-
-def printable(text: str) -> str:
-    """`text` in one line of at most MOST_CHARACTERS, what a terminal would obey written as escapes."""
-    line = " ".join(text.split())
-    line = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in line)
-    return line if len(line) <= MOST_CHARACTERS else f"{line[:MOST_CHARACTERS]} ..."

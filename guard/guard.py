@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from .errors import InputError
 from .interventions import Gate, LinearGate, ResidualProjection, SharedProjection, SublayerProjection, TwoPass
+from .untrusted import parse_object, read_bytes
 
 FORMAT = "guardfold-guard/1"
 REFERENCE = "reference"
 MAX_GUARD_BYTES = 256 * 2**20
+MAX_HEADER_BYTES = 16 * 2**20
+"""Of a guard file: its provenance, mostly."""
+
 Intervention = SublayerProjection | SharedProjection | ResidualProjection | Gate | LinearGate | TwoPass
 KINDS: dict[str, type[Intervention]] = {
     cls.kind: cls for cls in (SublayerProjection, SharedProjection, ResidualProjection, Gate, LinearGate, TwoPass)
@@ -100,31 +105,54 @@ class Guard:
                 partial.unlink()
 
     @classmethod
-    def load(cls, path: Path) -> Self:
-        """The guard in the file `path`. InputError, naming the file, if it is not a sound guard file."""
-        if not path.is_file():
+    def load(cls, path: Path, folder: Path | None = None) -> Self:
+        """The guard in the file `path`. InputError, naming the file, if it is not a sound guard file.
+
+        folder: what `path` lies in and no link may lead out of; without it, `path` itself may be a link.
+        """
+        if not os.path.lexists(path):
             raise InputError(f"{path}: no such guard file")
-        if path.stat().st_size > MAX_GUARD_BYTES:
-            raise InputError(f"{path}: larger than {MAX_GUARD_BYTES} bytes, which no guard is")
         try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get("guardfold", "null"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if not isinstance(header, dict) or header.get("format") != FORMAT:
-                raise InputError(
-                    f"{path}: not a guard file (no {FORMAT!r} metadata); make one with `guardfold extract`"
-                )
+            data = _bytes_of(path, folder)
+            header, tensors = _header(data, str(path)), load(data)
             interventions = tuple(
                 _parse(entry, _under(str(index), tensors)) for index, entry in enumerate(header["interventions"])
             )
             reference = _parse(header[REFERENCE], _under(REFERENCE, tensors)) if REFERENCE in header else None
             if reference is not None and not isinstance(reference, TwoPass):
                 raise InputError(f"its reference is not a {TwoPass.kind} guard")
-            return cls(interventions, header["provenance"], reference)
+            return cls(interventions, _provenance(header), reference)
         except InputError as error:
             raise InputError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
         except (SafetensorError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise InputError(f"{path}: damaged guard file ({type(error).__name__}: {error})") from error
+
+
+def _bytes_of(path: Path, folder: Path | None) -> bytes:
+    real = path if folder else Path(os.path.realpath(path))
+    home = folder or real.parent
+    return read_bytes(home, str(real.relative_to(home)), MAX_GUARD_BYTES)
+
+
+def _header(data: bytes, where: str) -> dict[str, Any]:
+    """What the metadata of a guard file of the bytes `data` says. InputError that begins with `where` otherwise."""
+    length = int.from_bytes(data[:8], "little")
+    if length > MAX_HEADER_BYTES:
+        raise InputError(f"{where}: damaged guard file (a header of {length} bytes)")
+    metadata = parse_object(data[8 : 8 + length], where).get("__metadata__", {})
+    header = parse_object(metadata.get("guardfold", "{}").encode(), where)
+    if header.get("format") != FORMAT:
+        raise InputError(f"{where}: not a guard file (no {FORMAT!r} metadata); make one with `guardfold extract`")
+    return header
+
+
+def _provenance(header: Mapping[str, Any]) -> dict[str, Any]:
+    """The provenance that `header` holds. InputError unless it is an object, and text that any file may hold."""
+    provenance = header["provenance"]
+    if not isinstance(provenance, dict):
+        raise InputError(f"its provenance is a {type(provenance).__name__}, not an object")
+    json.dumps(provenance, ensure_ascii=False).encode()  # ValueError for half a character
+    return provenance
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -18,8 +18,18 @@ ORTHONORMAL_TOLERANCE = 1e-4
 EXACTLY_ORTHONORMAL = 1e-14
 """Largest |V V^T - I| that float64 leaves."""
 
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""Of what dtype the tensors of a guard may be."""
+
 NEURONS = 2
 """What a gate takes: one neuron that opens the ramp at t0 and one that ends it at t1."""
+
+
+def _as(dtype: torch.dtype, tensor: Tensor, where: str) -> Tensor:
+    """`tensor` on the CPU in `dtype`. InputError unless it is of one of FLOATS."""
+    if tensor.dtype not in FLOATS:
+        raise InputError(f"{where}: a {tensor.dtype} tensor, where {', '.join(map(str, FLOATS))} are taken")
+    return tensor.detach().to(device="cpu", dtype=dtype).contiguous()
 
 
 def check_basis(basis: Tensor, where: str) -> Tensor:
@@ -29,7 +39,7 @@ def check_basis(basis: Tensor, where: str) -> Tensor:
     What a float32 basis lacks, the nearest orthonormal one replaces: (V V^T)^(-1/2) V. A projection that is applied
     where many tensors write is then the same as one applied where they are read.
     """
-    basis = basis.detach().to(device="cpu", dtype=torch.float64).contiguous()
+    basis = _as(torch.float64, basis, where)
     if basis.ndim != 2 or not 0 < basis.shape[0] <= basis.shape[1]:
         raise InputError(f"{where}: shape {list(basis.shape)} is not [m, d] with 0 < m <= d")
     if not torch.isfinite(basis).all():
@@ -61,7 +71,7 @@ def check_strength(strength: float, where: str) -> float:
 
 def check_vector(vector: Tensor, where: str) -> Tensor:
     """`vector` [d] in float32 after checking that it is finite; InputError otherwise."""
-    vector = vector.detach().to(device="cpu", dtype=torch.float32).contiguous()
+    vector = _as(torch.float32, vector, where)
     if vector.ndim != 1 or not torch.isfinite(vector).all():
         raise InputError(f"{where}: not a finite vector")
     return vector

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,17 @@ from .errors import InputError
 MAX_PARTS = 2**21
 """Commas, brackets and braces in a JSON text: 11 a tensor in a header. Each may cost 230 bytes of memory."""
 
+MAX_DEPTH = 100
+"""Levels of JSON. What can be read and is to be written again must not be at the limit of what Python can."""
+
 ASCII_FROM_BYTES = 2**24
 """A text this long is taken only if it is ASCII: one other character makes all of them four bytes wide in memory."""
 
 FOLDERS = ("additional_chat_templates",)
 """Inside a model folder, of which transformers opens files."""
+
+SHOWN_CHARACTERS = 200
+"""Of a foreign text in a line of output."""
 
 
 def open_regular(folder: Path, name: str) -> int:
@@ -35,14 +42,40 @@ def open_regular(folder: Path, name: str) -> int:
         allowed.append(home.parent.parent / "blobs")
     if not any(real.is_relative_to(place) for place in allowed):
         raise InputError(f"{path}: leads outside the model folder, to {real}")
+    descriptor = None
     try:
-        descriptor = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+        if stat.S_ISREG(real.lstat().st_mode):  # a device may do something on being opened
+            descriptor = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+            if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                return descriptor
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    if descriptor is not None:  # it was replaced meanwhile
         os.close(descriptor)
-        raise InputError(f"{path}: not a regular file")
-    return descriptor
+    raise InputError(f"{path}: not a regular file")
+
+
+def is_folder(path: Path | str) -> bool:
+    """Whether `path` is a folder. False for a name that the system does not take, where Path.is_dir raises OSError."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
+def is_file(path: Path | str) -> bool:
+    """Whether `path` is a file, or a link to one. False as is_folder."""
+    return os.path.isfile(path)  # noqa: PTH113
+
+
+def entries(folder: Path) -> Iterator[Path]:
+    """Everything at any depth of `folder` that is not a folder itself. Links are not followed, whatever they are to."""
+    waiting = [folder]
+    while waiting:
+        place = waiting.pop()
+        try:
+            found = list(os.scandir(place))
+        except OSError as error:
+            raise InputError(f"{place}: cannot be read ({error.strerror})") from error
+        waiting += [place / each.name for each in found if each.is_dir(follow_symlinks=False)]
+        yield from (place / each.name for each in found if not each.is_dir(follow_symlinks=False))
 
 
 def check_files(folder: Path, suffixes: tuple[str, ...]) -> None:
@@ -58,10 +91,24 @@ def check_files(folder: Path, suffixes: tuple[str, ...]) -> None:
 def read_bytes(folder: Path, name: str, limit: int) -> bytes:
     """The bytes of `name` in `folder`. InputError if it is no regular file of the folder, or larger than `limit`."""
     with os.fdopen(open_regular(folder, name), "rb") as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
+        data = file.read(limit + 1) if os.fstat(file.fileno()).st_size <= limit else None
+    if data is None or len(data) > limit:
         raise InputError(f"{folder / name}: larger than {limit} bytes")
     return data
+
+
+def printable(text: str, most: int = SHOWN_CHARACTERS) -> str:
+    """`text` for a line of output: what does not print is escaped, what is over `most` characters left out."""
+    shown = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text[:most])
+    return shown if len(text) <= most else f"{shown}..."
+
+
+def check_name(name: str) -> None:
+    """InputError if `name`, which files are to mention, is not UTF-8: the name of a folder may be of any bytes."""
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{printable(name)}: this name is not UTF-8; rename the folder") from error
 
 
 def parse_object(text: bytes, where: str) -> dict[str, Any]:
@@ -83,4 +130,19 @@ def parse_object(text: bytes, where: str) -> dict[str, Any]:
         raise InputError(f"{where}: not sound JSON ({error})") from error
     if not isinstance(parsed, dict):
         raise InputError(f"{where}: not a JSON object")
+    if _deeper(parsed, MAX_DEPTH):
+        raise InputError(f"{where}: not sound JSON (over {MAX_DEPTH} levels deep)")
     return parsed
+
+
+def _deeper(value: Any, depth: int) -> bool:
+    """Whether `value` holds anything more than `depth` levels down."""
+    level = [value]
+    for _ in range(depth):
+        level = [
+            inner
+            for each in level
+            if isinstance(each, dict | list)
+            for inner in (each.values() if isinstance(each, dict) else each)
+        ]
+    return bool(level)

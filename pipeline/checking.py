@@ -16,6 +16,7 @@ from ..export.writers import family_of
 from ..guard.errors import InputError
 from ..guard.guard import Guard
 from ..guard.trust import trusting_if_asked
+from ..guard.untrusted import is_folder
 from ..guard.vlm import resolve, threads_for
 from ..validators.adapted import Adapted
 from ..validators.behaviour import Behaviour, observe
@@ -46,7 +47,7 @@ def check_guarded(
 
     Raises InputError if either cannot be loaded or `folder` brings no guard file.
     """
-    base, guard = resolve(against), Guard.load(folder / GUARD_FILE)
+    base, guard = resolve(against), Guard.load(folder / GUARD_FILE, folder)
     rounding = written_rounding(folder)
     with based_on(*base, adapter, folder.parent, family_file) as (_, origin), threads_for(origin):
         checkpoint = Checkpoint.open(origin)
@@ -101,9 +102,9 @@ def check_served(
     folder: also brings its own probes.  report: a JSON file to write the figures to.  Raises InputError if the server,
     the probes or the folder cannot be used.
     """
-    if folder and not folder.is_dir():
+    if folder and not is_folder(folder):
         raise InputError(f"{folder}: no such folder")
-    if report and not report.parent.is_dir():
+    if report and not is_folder(report.parent):
         raise InputError(f"{report.parent}: no such folder")
     asked = load_probes(folder, probes, qa)
     decides = ModelJudge(judge) if judge else PhraseJudge(asked.refusal)

@@ -13,6 +13,7 @@ from ..export.rounding import Rounding
 from ..guard.guard import Guard
 from ..guard.images import IMAGE_KINDS
 from ..guard.trust import code_of
+from ..guard.untrusted import printable
 from ..validators.check import Evidence
 from ..validators.making import PRESETS, GuardOptions
 from ..validators.measures import markdown, shown
@@ -74,7 +75,9 @@ def _command(source: Source, options: GuardOptions, as_adapter: bool = False) ->
     if "guard" in given and given["guard"] not in PRESETS:
         given["guard"] = GUARD_FILE.as_posix()
     model = f"{source.name}@{source.revision}" if source.revision else source.name
-    words = [f"--{name.replace('_', '-')} {getattr(value, 'name', value)}" for name, value in given.items()]
+    words = [
+        f"--{name.replace('_', '-')} {printable(str(getattr(value, 'name', value)))}" for name, value in given.items()
+    ]
     words += [f"--adapter {source.adapter['name']}"] if source.adapter else []
     words += ["--format lora"] if as_adapter else []
     words += ["--trust-remote-code"] if code_of(source.folder) else []

@@ -20,6 +20,7 @@ from ..export.writers import family_of
 from ..guard.errors import InputError, Refused
 from ..guard.guard import Guard
 from ..guard.trust import trusting_if_asked
+from ..guard.untrusted import check_name
 from ..guard.vlm import resolve, threads_for
 from ..validators.adapted import Adapted
 from ..validators.check import Evidence, examine, examine_hooked, with_graphs
@@ -147,7 +148,9 @@ def _add_graphs(
         raise InputError(
             f"{folder}: is guarded already; leave the guard's options out, or give the model it was made of"
         )
-    manifest, guard, checkpoint = load_manifest(folder), Guard.load(folder / GUARD_FILE), Checkpoint.open(folder)
+    check_name(name)
+    manifest = load_manifest(folder, "figures")
+    guard, checkpoint = Guard.load(folder / GUARD_FILE, folder), Checkpoint.open(folder)
     for difference in differences(folder, manifest):
         raise InputError(f"{folder / difference}, so it is not what was measured; guard the original model again")
     plan = formats.plan(guard)

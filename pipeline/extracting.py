@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from ..guard.errors import InputError
 from ..guard.guard import Guard
 from ..guard.trust import trusting_if_asked
+from ..guard.untrusted import is_file, is_folder
 from ..guard.vlm import resolve
 from ..validators.making import PRESETS, GuardOptions, guard_of
 from .sources import based_on
@@ -36,9 +38,9 @@ def extract_to(
 
     Raises InputError if the file exists (without `overwrite`) or cannot be.
     """
-    if output.exists() and not (overwrite and output.is_file()):
+    if os.path.lexists(output) and not (overwrite and is_file(output)):
         raise InputError(f"{output}: exists already; choose another --output or pass --overwrite")
-    if not output.parent.is_dir():
+    if not is_folder(output.parent):
         raise InputError(f"{output.parent}: no such folder")
     if options.guard not in PRESETS:
         raise InputError(f"--guard {options.guard}: extraction takes a preset ({', '.join(PRESETS)})")

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,6 +19,7 @@ from ..export.rewrite import Advance, rewrite
 from ..export.staging import check_room
 from ..export.writers import family_of
 from ..guard.progress import bar
+from ..guard.untrusted import check_name
 from ..guard.vlm import located, resolve
 
 
@@ -28,10 +30,12 @@ def based_on(
     """(what is guarded, the folder of its weights): the model `name` in `folder`, or, with `adapter`, that model after
     merging, which lies in `scratch` until the block ends.
     """
+    source = Source(name, folder)
     if adapter is None:
-        yield Source(name, folder), folder
+        yield source, folder
         return
     place, called = resolve(adapter)
+    check_name(called)
     checkpoint = Checkpoint.open(folder)
     family = family_of(checkpoint, family_file)
     edits = merging(checkpoint, family, place)
@@ -40,7 +44,7 @@ def based_on(
         with written(checkpoint, "merging (MB)") as advance:
             rewrite(checkpoint, family, edits, Path(merged), advance)
         copy_companions(folder, Path(merged))
-        yield Source(name, folder, describe_adapter(called, place)), Path(merged)
+        yield replace(source, adapter=describe_adapter(called, place)), Path(merged)
 
 
 @contextmanager

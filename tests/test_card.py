@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -122,5 +123,7 @@ def test_the_command_that_makes_it_again_names_the_commit_and_no_place(source: S
         "--anchors anchors.csv"
     )
     assert _command(Source("demo", tmp_path), GuardOptions()) == "guardfold export --model demo"
+    strange = GuardOptions(anchors=tmp_path / os.fsdecode(b"a\n\xff.csv"))
+    assert _command(source, strange).endswith(r"--anchors a\n\udcff.csv")
     given = _command(source, GuardOptions(str(tmp_path / "mine.safetensors")))
     assert given.endswith("--guard guardfold/guard.safetensors")

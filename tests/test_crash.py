@@ -254,7 +254,7 @@ def test_a_link_in_place_of_what_was_replaced_is_not_followed(tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/..", b"a\xff"])
 def test_an_output_without_a_name_that_all_can_read_is_refused(name: str | bytes) -> None:
-    with pytest.raises(InputError, match="--output"), staging(Path(os.fsdecode(name)), True):
+    with pytest.raises(InputError, match=r"has no name|not UTF-8"), staging(Path(os.fsdecode(name)), True):
         pytest.fail("entered")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from zoo import random_basis
 
+from guardfold.guard import guard, untrusted
 from guardfold.guard.errors import InputError
 from guardfold.guard.guard import Guard
 from guardfold.guard.interventions import Gate, SharedProjection, SublayerProjection, TwoPass
@@ -162,6 +164,10 @@ def _tensors(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[dict[str, 
     return lambda header, tensors: change(tensors)
 
 
+def _provenance(value: Any) -> Callable[[dict[str, Any], dict[str, Tensor]], Any]:
+    return lambda header, tensors: header.update(provenance=value)
+
+
 LIES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], str]] = {
     "rank": (_header(lambda each: each[0]["ranks"].update({"3": 1})), "does not describe"),
     "shared rank": (_header(lambda each: each[1].update(rank=2)), "does not describe"),
@@ -174,6 +180,8 @@ LIES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], str]] 
     "no kind": (_header(lambda each: each[1].pop("kind")), "damaged"),
     "not a list": (lambda header, _: header.update(interventions=7), "damaged"),
     "no provenance": (lambda header, _: header.pop("provenance"), "damaged"),
+    **{f"provenance {value!r}": (_provenance(value), "not an object") for value in ([], "x", 5, None, [[1, 2]])},
+    "half a character": (_provenance({"a": ["\ud800"]}), "damaged"),
     "strength 0": (_header(lambda each: each[0].update(strength=0.0)), r"strength 0\.0 is not in \(0, 1\]"),
     "strength above 1": (_header(lambda each: each[0].update(strength=1.5)), r"strength 1\.5"),
     "strength negative": (_header(lambda each: each[1].update(strength=-0.5)), r"strength -0\.5"),
@@ -193,8 +201,38 @@ LIES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], str]] 
     "missing tensor": (_tensors(lambda each: each.pop("1/basis")), "damaged"),
     "layer not a number": (_tensors(lambda each: each.update({"0/x": each.pop("0/3")})), "not a layer number"),
     "layer negative": (_tensors(lambda each: each.update({"0/-1": each.pop("0/3")})), "not a layer number"),
+    "complex": (
+        _tensors(lambda each: each.update({"0/3": each["0/3"].to(torch.complex64)})),
+        r"sublayer-projection, layer 3: a torch.complex64 tensor, where torch.float64",
+    ),
+    "whole numbers": (
+        _tensors(lambda each: each.update({"1/basis": torch.eye(WIDTH, dtype=torch.int64)[:3].contiguous()})),
+        r"shared-projection: a torch.int64 tensor",
+    ),
+    "float8": (
+        _tensors(lambda each: each.update({"1/basis": torch.eye(WIDTH)[:3].to(torch.float8_e4m3fn)})),
+        r"shared-projection: a torch.float8_e4m3fn tensor",
+    ),
     "no layers": (_tensors(lambda each: [each.pop(name) for name in ("0/0", "0/3")]), "no layers"),
 }
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int32, torch.bool])
+def test_a_gates_vector_is_of_floating_point_numbers(dtype: torch.dtype) -> None:
+    vectors: dict[str, Any] = {"detector": torch.eye(4)[0], "column": torch.ones(4), "unit": torch.ones(4)}
+    for name in vectors:
+        with pytest.raises(InputError, match=f"^gate, {name}: a {dtype} tensor, where"):
+            Gate(0, t0=0.0, t1=1.0, **vectors | {name: vectors[name].to(dtype)})
+
+
+def test_metadata_that_would_fill_the_memory_is_refused_unread(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    header, tensors = parts(saved)
+    write(saved, header | {"provenance": {"a": [[]] * 2000}}, tensors)
+    with monkeypatch.context() as patch:
+        patch.setattr(untrusted, "MAX_PARTS", 1000)
+        assert "not sound JSON (over 1000 values)" in refused(saved)
+    monkeypatch.setattr(guard, "MAX_HEADER_BYTES", 1000)
+    assert re.search(r"damaged guard file \(a header of \d+ bytes\)", refused(saved))
 
 
 @pytest.mark.parametrize("lie", LIES)

@@ -375,7 +375,12 @@ def test_an_index_that_is_unsound_names_nothing(hub: HubServer, text: str) -> No
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [(None, "no guardfold.json"), ("{", "not JSON"), ("[]", "not a manifest"), ('{"files": {}}', "not a manifest")],
+    [
+        (None, "no guardfold.json"),
+        ("{", "not sound JSON"),
+        ("[]", "not a JSON object"),
+        ('{"files": {}}', "not a manifest"),
+    ],
 )
 def test_a_folder_without_a_manifest_is_not_verified(tmp_path: Path, text: str | None, says: str) -> None:
     if text is not None:

@@ -170,6 +170,35 @@ def test_the_page_does_without_what_was_not_measured() -> None:
     assert parsed(page).tags
 
 
+@pytest.mark.parametrize(
+    "strange",
+    [
+        *(
+            {"selection": value}
+            for value in ("x", 5, [{"a": 1}], {"why": "x"}, {"candidates": 5, "why": "", "chosen": 1})
+        ),
+        *({"held_out": value} for value in ("x", 5, None, {"auc": {"text": "x"}})),
+        *({"scores": value} for value in ("x", 5, [1], {"text": "x"}, {"text": [[1]]}, {"$x^{$": [1e999]})),
+    ],
+    ids=str,
+)
+def test_the_page_leaves_out_what_a_foreign_guard_says_in_a_way_of_its_own(strange: dict[str, Any]) -> None:
+    said = render_page("model", figures(), guard(**strange), EDITS)
+    assert ("How the guard was chosen" in said) == ("selection" not in strange)
+    assert ("The gate&#x27;s detector" in said) == ("selection" in strange)
+    assert parsed(said).tags
+
+
+def test_names_in_a_foreign_guard_are_shown_as_text() -> None:
+    row = {HOSTILE: HOSTILE}
+    held_out = {name: {HOSTILE: 0.5} for name in ("auc", "opens", "fires_elsewhere")} | {"distance_to_clip": {"1": 0.5}}
+    chosen = {"why": HOSTILE, "candidates": [row], "chosen": row}
+    said = render_page("model", figures(), guard(selection=chosen, held_out=held_out, scores={HOSTILE: [1.0]}), EDITS)
+    assert "How the guard was chosen" in said and "The gate&#x27;s detector" in said
+    assert "<script" not in said.lower() and "<img" not in said.lower()
+    assert parsed(said).tags
+
+
 def test_the_same_figures_make_the_same_page(page: str) -> None:
     assert render_page(HOSTILE, figures(), guard(), EDITS) == page
 

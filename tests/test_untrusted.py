@@ -17,6 +17,7 @@ from zoo import change_json, change_tensors, random_basis, tensors
 
 from guardfold.export.checkpoint import SINGLE_FILE, Checkpoint, header_bytes, parse_header
 from guardfold.export.writers import family_of
+from guardfold.guard import untrusted
 from guardfold.guard.errors import InputError
 from guardfold.guard.guard import MAX_GUARD_BYTES, Guard, Intervention
 from guardfold.guard.interventions import SublayerProjection
@@ -26,6 +27,7 @@ from guardfold.guard.untrusted import ASCII_FROM_BYTES, MAX_PARTS, parse_object
 from guardfold.guard.vlm import read_config
 from guardfold.pipeline import Export, GuardOptions, export_guarded
 from guardfold.validators.chat import answer
+from guardfold.validators.recorded import recall
 
 
 def exported(model: Path, place: Path, intervention: Intervention | None = None) -> Export:
@@ -196,10 +198,20 @@ def test_json_that_would_fill_the_memory_is_refused_unread() -> None:
     assert parse_object(b'{"a": "' + b"a" * ASCII_FROM_BYTES + b'"}', "x")
 
 
+@pytest.mark.parametrize("levels", [99, 100, 900, 100_000])
+def test_json_that_could_be_read_and_not_written_again_is_refused(levels: int) -> None:
+    text = b'{"a": ' + b"[" * levels + b"]" * levels + b"}"
+    if levels < 100:
+        assert parse_object(text, "x")
+        return
+    with pytest.raises(InputError, match=r"^x: not sound JSON"):
+        parse_object(text, "x")
+
+
 def test_a_guard_file_that_is_far_too_large_is_not_opened(tmp_path: Path) -> None:
     with (tmp_path / "guard.safetensors").open("wb") as file:
         file.truncate(MAX_GUARD_BYTES + 1)
-    with pytest.raises(InputError, match=r"guard\.safetensors: larger than \d+ bytes, which no guard is"):
+    with pytest.raises(InputError, match=r"guard\.safetensors: larger than \d+ bytes"):
         Guard.load(tmp_path / "guard.safetensors")
 
 
@@ -226,6 +238,21 @@ def test_a_picture_that_is_not_in_the_folder_is_refused(tmp_path: Path, name: st
     (tmp_path / "images" / "linked.png").symlink_to(tmp_path / "secret.png")
     with pytest.raises(InputError, match=r"^here: .* is not a file inside"):
         load_image(tmp_path / "images", name, "here")
+
+
+def test_a_report_outside_the_folder_or_that_would_fill_the_memory_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "secret").write_text('{"outcomes": null}')
+    (tmp_path / "good").mkdir()
+    like: Any = None
+    (tmp_path / "good" / "report.json").symlink_to("../secret")
+    with pytest.raises(InputError, match=r"report\.json: leads outside the model folder"):
+        recall(tmp_path / "good", like, "phrases", like)
+    monkeypatch.setattr(untrusted, "MAX_PARTS", 1000)
+    (tmp_path / "report.json").write_text(json.dumps({"a": [[]] * 2000}))
+    with pytest.raises(InputError, match=r"report\.json: not sound JSON \(over 1000 values"):
+        recall(tmp_path, like, "phrases", like)
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ from ..guard.presets import (
 )
 from ..guard.prompts import BUILT_IN_ANCHORS, beside, load_anchors
 from ..guard.transcripts import Usage
+from ..guard.untrusted import is_file
 from ..guard.vlm import VLM, load, threads_for
 from .judge import PhraseJudge
 from .probes import refusal_text
@@ -80,7 +81,7 @@ def guard_of(folder: Path, name: str, options: GuardOptions) -> Guard:
     Raises InputError for a model or prompts that cannot be used, layers out of range, or a rank above the anchors, and
     Refused if no candidate is within the limits or the detector cannot tell harmful prompts apart.
     """
-    if options.guard.endswith(".safetensors") or Path(options.guard).is_file():
+    if options.guard.endswith(".safetensors") or is_file(options.guard):
         return Guard.load(Path(options.guard))
     if options.guard not in PRESETS:
         raise InputError(f"{options.guard}: neither a guard file nor a preset ({', '.join(PRESETS)})")

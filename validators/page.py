@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from html import escape
 from typing import Any
 
@@ -72,12 +73,12 @@ def _sections(title: str, figures: Figures, guard: Figures, edits: Figures) -> I
         )
     gate = next((each for each in guard["interventions"] if each["kind"] == "gate"), None)
     if gate and guard.get("scores"):
-        scores = detector_histogram(guard["scores"], gate["t0"], gate["t1"])
-        yield _section("The gate's detector", scores, _held_out(guard))
+        drawn = partial(detector_histogram, guard["scores"], gate["t0"], gate["t1"])
+        yield from _told("The gate's detector", drawn, partial(_held_out, guard))
     if any(edits.values()):
         yield _section("Edited tensors per layer", edits_per_layer(edits))
     if guard.get("selection"):
-        yield _section("How the guard was chosen", _selection(guard["selection"]))
+        yield from _told("How the guard was chosen", partial(_selection, guard["selection"]))
     if figures.get("samples"):
         yield _section("Side by side", _samples(figures["samples"]))
     yield _section(
@@ -85,6 +86,15 @@ def _sections(title: str, figures: Figures, guard: Figures, edits: Figures) -> I
         "<p>These figures hold for these probes: short plain questions, greedy decoding. A guard in weights can be "
         "removed by whoever holds the weights and is not adversarially robust.</p>",
     )
+
+
+def _told(title: str, *parts: Callable[[], str]) -> Iterator[str]:
+    """A section of what a guard's provenance tells; none where it is not such as guardfold writes."""
+    try:
+        made = [part() for part in parts]
+    except Exception:  # foreign JSON may fail in any way; without it there is nothing to show
+        return
+    yield _section(title, *made)
 
 
 def _note(text: str) -> str:
@@ -124,7 +134,7 @@ def _rate(rate: Mapping[str, float], before: Mapping[str, float], more_is_better
 
 def _held_out(guard: Mapping[str, Any]) -> str:
     found = guard["held_out"]
-    rows = [_row(["", *found["auc"]], "th", 1)]
+    rows = [_row(["", *map(escape, found["auc"])], "th", 1)]
     rows.append(_row(["AUC", *(f"{value:.3f}" for value in found["auc"].values())], numbers_from=1))
     rows.append(_row(["opens", *(f"{value:.1%}" for value in found["opens"].values())], numbers_from=1))
     elsewhere = ", ".join(f"{place} {share:.2%}" for place, share in found["fires_elsewhere"].items())
@@ -137,7 +147,7 @@ def _held_out(guard: Mapping[str, Any]) -> str:
 def _selection(selection: Mapping[str, Any]) -> str:
     candidates = selection["candidates"]
     names = list(dict.fromkeys(name for row in candidates for name in row))
-    rows = [_row([name.replace("_", " ") for name in names], "th", 0)]
+    rows = [_row([escape(name.replace("_", " ")) for name in names], "th", 0)]
     for row in candidates:
         cells = [_cell(row.get(name, "")) for name in names]
         line = _row(cells, numbers_from=0)
