@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import resource
 import signal
 from collections.abc import Sequence
 from contextlib import suppress
@@ -21,6 +20,7 @@ from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 
 from .errors import InputError, first_line
+from .limits import at_most
 
 SECONDS = 10.0
 MEMORY_BYTES = 2**30
@@ -104,26 +104,28 @@ def _try_and_exit(processor: ProcessorMixin, writer: int) -> None:
     status = 1
     try:
         _end_on_signals()
-        _limit_memory()
         writer = _keep_only(writer)
         torch.set_num_threads(1)  # the threads there were did not come along
-        status = EXHAUSTED
-        for picture in ([], [{"type": "image", "image": Image.new("RGB", PICTURE_SIZE, "grey")}]):
-            turn: Any = [{"role": "user", "content": [*picture, {"type": "text", "text": QUESTION}]}]
-            os.write(writer, b"chat template\n")
-            text: Any = processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-            if len(text) > MAX_CHARACTERS:
-                os._exit(ENDLESS)
-            os.write(writer, b"processor\n")
-            encoded(processor, [turn], Path())
-        status = 0
+        with at_most(MEMORY_BYTES):
+            status = _try(processor, writer)
     except MemoryError:
-        pass
+        status = EXHAUSTED
     except BaseException as error:
-        status, cause = 1, error.__cause__ or error
+        cause = error.__cause__ or error
         os.write(writer, f"{type(cause).__name__}: {' '.join(str(cause).split())}"[:500].encode(errors="replace"))
     finally:
         os._exit(status)
+
+
+def _try(processor: Any, writer: int) -> int:
+    for picture in ([], [{"type": "image", "image": Image.new("RGB", PICTURE_SIZE, "grey")}]):
+        turn = [{"role": "user", "content": [*picture, {"type": "text", "text": QUESTION}]}]
+        os.write(writer, b"chat template\n")
+        if len(processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)) > MAX_CHARACTERS:
+            return ENDLESS
+        os.write(writer, b"processor\n")
+        encoded(processor, [turn], Path())
+    return 0
 
 
 def _end_on_signals() -> None:
@@ -133,14 +135,6 @@ def _end_on_signals() -> None:
         signal.signal(each, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ends)
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
-
-
-def _limit_memory() -> None:
-    """To what this process has mapped already and MEMORY_BYTES more."""
-    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    _, most = resource.getrlimit(resource.RLIMIT_AS)
-    wanted = mapped + MEMORY_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (wanted if most == resource.RLIM_INFINITY else min(wanted, most), most))
 
 
 def _keep_only(descriptor: int) -> int:

@@ -57,7 +57,8 @@ def answer(
         inputs = encode(vlm, illustrated(batch, kind))
         with running(model):
             made = model.generate(**inputs, do_sample=False, max_new_tokens=tokens, suppress_tokens=_never_said(model))
-        answers += [tuple(_until_end(vlm, row)) for row in made[:, inputs["input_ids"].shape[1] :].tolist()]
+            new = made[:, inputs["input_ids"].shape[1] :]
+        answers += [tuple(_until_end(vlm, row)) for row in new.tolist()]
     return Transcripts(tuple(prompts), tuple(answers), kind)
 
 

@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from .errors import InputError, Refused, first_line
 from .hub import download, is_hub_id, split_revision
+from .limits import at_most
 from .parts import decoder_layers
 from .processing import check_processor
 from .trust import MAX_CONFIG_BYTES, check_code, trusted
@@ -89,6 +90,9 @@ MAX_NUMBERS = {
 """End of a key in config.json -> the largest number it may have: far above any model, far below exhausting memory."""
 
 MAX_NUMBER = 2**32
+BUFFER_BYTES = 2**30
+"""Of memory that building a model without its weights may take: its buffers."""
+
 READ_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".safetensors")
 """Of files that transformers may open in a model folder."""
 
@@ -288,7 +292,7 @@ def meta_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMo
     auto = auto_class(read_config(folder))
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted())
-        with init_empty_weights(include_buffers=False):
+        with at_most(BUFFER_BYTES), init_empty_weights(include_buffers=False):
             model = auto.from_config(config, dtype=dtype, experts_implementation="eager", trust_remote_code=trusted())
     except Exception as error:  # foreign numbers can break a constructor in any way
         reason = first_line(error)

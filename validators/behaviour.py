@@ -96,7 +96,7 @@ def respond(vlm: VLM, inputs: BatchFeature) -> list[str]:
     model: Any = vlm.model
     with running(model):
         tokens = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
-    new = tokens[:, inputs["input_ids"].shape[1] :]
+        new = tokens[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in vlm.processor.batch_decode(new, skip_special_tokens=True)]
 
 
