@@ -86,8 +86,8 @@ MAX_NUMBERS = {"layers": 1024, "depth": 1024, "experts": 1024, "heads": 4096, "i
 """End of a key in config.json -> the largest number it may have: far above any model, far below exhausting memory."""
 
 MAX_NUMBER = 2**32
-READ_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".safetensors")
-"""Of files that transformers may open in a model folder."""
+READ_SUFFIXES = (".json", ".jsonl", ".jinja", ".model", ".txt", ".safetensors")
+"""Of files that transformers may open in a model folder, and of the prompts that lie there."""
 
 
 @dataclass(frozen=True)
