@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..guard.errors import InputError
+from ..guard.untrusted import parse_object, read_bytes
 from .behaviour import Behaviour, Outcomes
 from .probes import Probes
 
@@ -39,16 +41,16 @@ def recall(folder: Path, probes: Probes, judge: str, like: Behaviour) -> Behavio
     none.
     """
     path = folder / REPORT
-    if not path.is_file() or path.stat().st_size > MAX_REPORT_BYTES:
+    if not os.path.lexists(path):
         return None
+    outcomes = parse_object(read_bytes(folder, REPORT, MAX_REPORT_BYTES), str(path)).get("outcomes")
     try:
-        outcomes = json.loads(path.read_text(encoding="utf-8")).get("outcomes")
         if not outcomes:
             return None
         if (outcomes["probes"], outcomes["judge"]) != (asked(probes), judge):
             raise InputError(f"{path}: was measured with other probes or another judge; give the same, or a baseline")
         return _restored(outcomes["original"], like)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: not a report that guardfold wrote ({type(error).__name__}: {error})") from error
