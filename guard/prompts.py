@@ -43,6 +43,9 @@ MAX_ASPECT = 100
 MAX_PIXELS_TOGETHER = 2**28
 """In three bytes each."""
 
+MAX_PIXELS_AT_ONCE = 2**26
+"""Of one batch: image processors need some forty bytes each."""
+
 PLACEHOLDERS = ("image_token", "boi_token", "video_token", "audio_token")
 """What processors call the words in whose place they put something else."""
 
@@ -243,6 +246,17 @@ def illustrated(prompts: Iterable[Prompt], kind: ImageKind | None) -> list[Promp
     if kind is None:
         return list(prompts)
     return [replace(prompt, image=draw(kind, prompt.text, prompt.text)) for prompt in prompts]
+
+
+def at_once(vlm: VLM, prompts: Iterable[Prompt]) -> int:
+    """Prompts a batch: as many as suit the model, and fewer of those that bring large pictures."""
+    largest = max(map(pixels, prompts), default=0)
+    return min(vlm.batch_size, max(1, MAX_PIXELS_AT_ONCE // max(1, largest)))
+
+
+def pixels(prompt: Prompt) -> int:
+    """Of the picture that a prompt brings; 0 without one."""
+    return prompt.image.width * prompt.image.height if prompt.image else 0
 
 
 def _conversation(prompt: Prompt) -> list[dict[str, Any]]:

@@ -15,11 +15,13 @@ import pytest
 from PIL import Image
 from test_checkpoint import within
 
-from guardfold.guard import prompts
+from guardfold.guard import prompts, states, transcripts
 from guardfold.guard.calibration import load_benign
 from guardfold.guard.errors import InputError
 from guardfold.guard.prompts import Prompt, beside, encode, illustrated, load_anchors, load_image, rows
 from guardfold.guard.vlm import VLM, read_config
+from guardfold.validators import behaviour
+from guardfold.validators.benchmarks import Pictured
 from guardfold.validators.probes import load_probes
 
 PROMPT_FILES = ["anchors.jsonl", "benign.jsonl", "probes.jsonl", "qa.jsonl", "demo.json"]
@@ -206,3 +208,46 @@ def test_a_picture_is_decoded_once_a_file_and_all_of_them_within_bounds(
     write(qa, *({**asked, "image": name} for name in (*names, "b.png")))
     for step in (lambda: load_probes(None, qa=qa), lambda: load_benign(qa)):
         refused(step, r"qa\.jsonl, line 31: the pictures up to here have over 20 pixels")
+
+
+def sizes_of(module: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many prompts at a time `module` passes to its function `name` as the last argument from now on."""
+    seen: list[int] = []
+    function = getattr(module, name)
+
+    def counting(*given: Any) -> Any:
+        seen.append(len(given[-1]))
+        return function(*given)
+
+    monkeypatch.setattr(module, name, counting)
+    return seen
+
+
+STEPS: dict[Any, Callable[[VLM, list[Prompt]], Any]] = {
+    behaviour: lambda vlm, asked: behaviour.generate(vlm, asked, "test"),
+    transcripts: lambda vlm, asked: list(
+        transcripts.pages(vlm, transcripts.answer(vlm, asked, "test", tokens=1), "test")
+    ),
+    states: lambda vlm, asked: states.prompt_states(vlm, asked, [0], "test"),
+}
+
+
+@pytest.mark.parametrize("module", STEPS, ids=lambda module: module.__name__)
+@pytest.mark.parametrize(("limit", "size"), [(1, 1), (3200, 2), (2**26, 5)])
+def test_large_pictures_are_encoded_a_few_at_a_time(
+    tiny: VLM, module: Any, limit: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prompts, "MAX_PIXELS_AT_ONCE", limit)
+    seen = sizes_of(module, "encode", monkeypatch)
+    STEPS[module](tiny, [Prompt("how to walk ?", Image.new("RGB", (40, 40)))] * 5)
+    assert max(seen) == size and sum(seen) % 5 == 0
+
+
+@pytest.mark.parametrize(("limit", "sizes"), [(1, [1] * 5), (3200, [2, 2, 1]), (2**26, [3, 2])])
+def test_large_pictures_are_opened_a_few_at_a_time(
+    tmp_path: Path, limit: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(behaviour, "MAX_PIXELS_AT_ONCE", limit)
+    monkeypatch.setattr(behaviour, "AT_ONCE", 3)
+    named = [Pictured("how to walk ?", picture(tmp_path / "a.png", 40, 40))] * 5
+    assert [len(group) for group in behaviour._opened(named)] == sizes
