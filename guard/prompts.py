@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from importlib.resources import files
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -28,6 +28,9 @@ BUILT_IN_ANCHORS = Path(str(files("guardfold.guard") / "data" / "anchors.jsonl")
 MAX_ROW_BYTES = 2**16
 MAX_FILE_BYTES = 256 * 2**20
 MAX_ROWS = 100_000
+MAX_LINES = 2**22
+"""Blank ones too, and those within a row of CSV."""
+
 MAX_TEXT = 2**13
 """Characters of one text: what a model takes for a text grows with its square."""
 
@@ -48,6 +51,8 @@ MAX_PIXELS_AT_ONCE = 2**26
 
 PLACEHOLDERS = ("image_token", "boi_token", "video_token", "audio_token")
 """What processors call the words in whose place they put something else."""
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -82,10 +87,15 @@ class Anchors:
 def rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, row) of a JSONL or CSV file. InputError, naming the line, for what is not a row."""
     found = _csv_rows(path) if path.suffix.lower() == ".csv" else _json_rows(path)
-    for count, (number, row) in enumerate(found, start=1):
+    yield from limited(path, found)
+
+
+def limited(path: Path, found: Iterable[tuple[int, Item]]) -> Iterator[tuple[int, Item]]:
+    """`found`, (line number, what is there) of the file `path`. InputError if there are more than a file may have."""
+    for count, (number, item) in enumerate(found, start=1):
         if count > MAX_ROWS:
             raise InputError(f"{path}, line {number}: over {MAX_ROWS} rows; leave some out")
-        yield number, row
+        yield number, item
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -123,6 +133,8 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
         try:
             for number, line in enumerate(iter(lambda: file.readline(MAX_ROW_BYTES + 1), ""), start=1):
                 _check_length(len(line), MAX_ROW_BYTES, f"{path}, line {number}")
+                if number > MAX_LINES:
+                    raise InputError(f"{path}: over {MAX_LINES} lines")
                 yield number, line
         except UnicodeDecodeError as error:
             raise InputError(f"{path}: not UTF-8 text ({error})") from error
@@ -181,7 +193,7 @@ def inside(folder: Path, name: str, where: str) -> Path:
     try:
         os.close(open_regular(folder, name))
     except InputError as error:
-        raise InputError(f"{where}: {name!r} is not a file inside {folder}") from error
+        raise InputError(f"{where}: {name[:256]!r} is not a file inside {folder}") from error
     return (folder / name).resolve()
 
 

@@ -11,10 +11,12 @@ import pytest
 from PIL import Image
 from test_checkpoint import within
 
+from guardfold.guard import prompts
 from guardfold.guard.errors import InputError
 from guardfold.guard.images import IMAGE_KINDS, ImageKind
 from guardfold.guard.prompts import MAX_TEXT, Prompt
 from guardfold.guard.untrusted import MAX_PARTS
+from guardfold.validators import benchmarks
 from guardfold.validators.behaviour import Behaviour, observe
 from guardfold.validators.benchmarks import FIGSTEP_TEXT, LOADERS, Pictured, load_benchmark
 from guardfold.validators.judge import PhraseJudge, mentions
@@ -112,8 +114,6 @@ def texts(prompts: Sequence[Prompt | Pictured]) -> list[str]:
 
 
 def test_every_loader_is_tried_here_and_documented() -> None:
-    from guardfold.validators import benchmarks
-
     assert FILES.keys() == LOADERS.keys()
     assert all(f"| {name} |" in (benchmarks.__doc__ or "") for name in LOADERS)
 
@@ -199,6 +199,7 @@ def test_a_link_that_leads_outside_is_refused(tmp_path: Path) -> None:
         ("mm-vet", "mm-vet.json", '"question"', '"asked"', "'question' is missing"),
         ("mm-vet", "mm-vet.json", "{", "[", "not sound JSON"),
         ("vqa", "vqa.jsonl", '"answer": "square"', '"answer": 3', "line 2: 'answer' is missing"),
+        ("vqa", "vqa.jsonl", '["red"', '[["red"]', "line 1: 'answer' is missing"),
     ],
 )
 def test_what_is_malformed_is_named(tmp_path: Path, name: str, file: str, old: str, new: str, says: str | None) -> None:
@@ -242,6 +243,12 @@ def test_no_file_of_a_benchmark_is_a_pipe_or_a_device(tmp_path: Path, name: str,
         ("figstep", "prompt.txt", "a" * 10**6, "larger than"),
         ("mm-vet", "mm-vet.json", '{"a": ' + "[" * 50_000, "not sound JSON"),
         ("mm-vet", "mm-vet.json", '{"a": {"question": "\\ud800", "imagename": "v1_0.png"}}', "'question': not text"),
+        (
+            "mm-safetybench",
+            "processed_questions/01-Walls.json",
+            json.dumps({"a" * 10**6: {}}),
+            "'a{80}': .* is missing",
+        ),
         ("mm-safetybench", "processed_questions/01-Walls.json", '{"a": 1}', "not a JSON object of objects"),
         ("mm-safetybench", "processed_questions/01-Walls.json", "[" + "{}," * MAX_PARTS + "{}]", "over .* values"),
     ],
@@ -253,6 +260,21 @@ def test_a_benchmark_that_would_fill_the_memory_is_refused(
     write(tmp_path / file, text)
     with within(20), pytest.raises(InputError, match=says):
         load_benchmark(name, path)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_benchmark_of_too_many_prompts_is_refused(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = FILES[name](tmp_path)
+    for module in (prompts, benchmarks):
+        monkeypatch.setattr(module, "MAX_ROWS", 0)
+    with pytest.raises(InputError, match=r"over 0 (rows|entries); leave some out"):
+        load_benchmark(name, path)
+
+
+def test_a_label_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "xstest.jsonl", json.dumps({"prompt": "Paint it", "label": 1}))
+    with pytest.raises(InputError, match="line 1: 'label' is missing or not text"):
+        load_benchmark("xstest", path)
 
 
 def test_benchmarks_come_beside_the_plain_probes(tmp_path: Path) -> None:

@@ -132,6 +132,17 @@ def test_an_endless_line_is_not_read_to_its_end(tmp_path: Path, name: str, monke
     refused(lambda: list(prompts.lines(tmp_path / name)), f"{name}, line 2: longer than 100 characters")
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_endless_blank_lines_are_not_read_to_their_end(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).write_text("\n" * 20)
+    monkeypatch.setattr(prompts, "MAX_LINES", 20)
+    assert list(rows(tmp_path / name)) == []
+    monkeypatch.setattr(prompts, "MAX_LINES", 19)
+    refused(lambda: list(rows(tmp_path / name)), f"{name}: over 19 lines")
+
+
 def test_a_row_over_endless_lines_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prompts, "MAX_ROW_BYTES", 100)
     (tmp_path / "a.csv").write_text("text,more\n" + '"a\n","b"\n' * 50)

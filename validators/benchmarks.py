@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ..guard.errors import InputError
-from ..guard.prompts import Prompt, field, inside, lines, open_image, rows, sound_text, text_of
+from ..guard.prompts import MAX_ROWS, Prompt, field, inside, limited, lines, open_image, rows, sound_text, text_of
 from ..guard.untrusted import parse_object, read_bytes, read_given
 
 MAX_JSON_BYTES = 64 * 2**20
@@ -74,11 +74,8 @@ def load_benchmark(name: str, path: Path) -> Benchmark:
 
 
 def _malicious_instruct(path: Path) -> Benchmark:
-    return Benchmark(
-        harmful=tuple(
-            Prompt(sound_text(line, f"{path}, line {number}")) for number, line in lines(path) if line.strip()
-        )
-    )
+    found = limited(path, (each for each in lines(path) if each[1].strip()))
+    return Benchmark(harmful=tuple(Prompt(sound_text(line, f"{path}, line {number}")) for number, line in found))
 
 
 def _adv_bench(path: Path) -> Benchmark:
@@ -89,7 +86,7 @@ def _xs_test(path: Path) -> Benchmark:
     harmful: list[Prompt] = []
     benign: list[Prompt] = []
     for number, row in rows(path):
-        said = (row.get("label") or "").strip().lower()
+        said = field(path, number, row, "label").lower() if row.get("label") else ""
         if said not in ("", "safe", "unsafe"):
             raise InputError(f"{path}, line {number}: 'label' is neither safe nor unsafe")
         unsafe = said == "unsafe" if said else field(path, number, row, "type").startswith("contrast_")
@@ -130,7 +127,7 @@ def _mm_safety_bench(path: Path) -> Benchmark:
         folder = path / "imgs" / scenario.stem
         variant, key = next((each for each in VARIANTS if (folder / each[0]).is_dir()), VARIANTS[0])
         for number, row in _entries(read_bytes(scenario.parent, scenario.name, MAX_JSON_BYTES), scenario):
-            where = f"{scenario}, {number!r}"
+            where = f"{scenario}, {number[:80]!r}"
             prompts.append(Pictured(text_of(row, key, where), inside(folder / variant, f"{number}.jpg", where)))
     return Benchmark(pictured=tuple(prompts))
 
@@ -138,7 +135,7 @@ def _mm_safety_bench(path: Path) -> Benchmark:
 def _mm_vet(path: Path) -> Benchmark:
     questions = []
     for number, row in _entries(read_given(path, MAX_JSON_BYTES), path):
-        where = f"{path}, {number!r}"
+        where = f"{path}, {number[:80]!r}"
         image = inside(path.parent / "images", text_of(row, "imagename", where), where)
         questions.append(Pictured(text_of(row, "question", where), image, text_of(row, "answer", where)))
     return Benchmark(questions=tuple(questions))
@@ -165,6 +162,8 @@ def _entries(text: bytes, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     table = parse_object(text, str(path))
     if not all(isinstance(row, dict) for row in table.values()):
         raise InputError(f"{path}: not a JSON object of objects")
+    if len(table) > MAX_ROWS:
+        raise InputError(f"{path}: over {MAX_ROWS} entries; leave some out")
     yield from table.items()
 
 
