@@ -283,8 +283,7 @@ def encode(vlm: VLM, prompts: Sequence[Prompt]) -> BatchFeature:
     every row.  pixel_values where there are images, in the model's dtype, and whatever else its class takes.  All or
     none of `prompts` have an image.  InputError for a text with a word that stands for a picture.
     """
-    for prompt in prompts:
-        _check_words(vlm, prompt.text)
+    check_words(vlm, (prompt.text for prompt in prompts))
     conversations: Any = [_conversation(prompt) for prompt in prompts]
     batch: Any = vlm.processor.apply_chat_template(
         conversations,
@@ -298,12 +297,14 @@ def encode(vlm: VLM, prompts: Sequence[Prompt]) -> BatchFeature:
     return batch.to(vlm.device, dtype=vlm.model.dtype)
 
 
-def _check_words(vlm: VLM, text: str) -> None:
-    """InputError if the model's processor would look for a picture, a sound or a film where `text` only names one."""
-    words = (getattr(vlm.processor, name, None) for name in PLACEHOLDERS)
-    found = next((word for word in words if isinstance(word, str) and word and word in text), None)
-    if found:
-        raise InputError(f"{text[:80]!r}: {found} stands for a picture or the like in this model's texts; leave it out")
+def check_words(vlm: VLM, texts: Iterable[str]) -> None:
+    """InputError if the model's processor would look for a picture, a sound or a film where a text only names one."""
+    named = [getattr(vlm.processor, name, None) for name in PLACEHOLDERS]
+    words = [word for word in named if isinstance(word, str) and word]
+    for text in texts:
+        for word in words:
+            if word in text:
+                raise InputError(f"{text[:80]!r}: {word} stands for a picture or the like to this model; leave it out")
 
 
 def positions(batch: BatchFeature) -> torch.Tensor:

@@ -7,6 +7,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from guardfold.guard.prompts import Prompt, beside, encode, illustrated, load_an
 from guardfold.guard.vlm import VLM, read_config
 from guardfold.validators import behaviour
 from guardfold.validators.benchmarks import Pictured
-from guardfold.validators.probes import load_probes
+from guardfold.validators.judge import PhraseJudge
+from guardfold.validators.probes import Probes, load_probes
 
 PROMPT_FILES = ["anchors.jsonl", "benign.jsonl", "probes.jsonl", "qa.jsonl", "demo.json"]
 LONG = "a" * 300
@@ -123,6 +125,17 @@ def test_texts_that_no_model_is_asked_are_refused(tmp_path: Path, text: str, say
 def test_the_word_that_stands_for_a_picture_is_no_part_of_a_text(tiny: VLM, kind: Any) -> None:
     asked = [Prompt("how to walk ?"), Prompt("how to <image> walk ?")]
     refused(lambda: encode(tiny, illustrated(asked, kind)), "^'how to <image> walk .*<image> stands for a picture")
+
+
+@pytest.mark.parametrize("part", ["harmful", "benign", "qa", "questions", "pictured"])
+def test_such_a_word_is_found_before_anything_is_asked(
+    tiny: VLM, tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = (Pictured("how to <image> walk ?", tmp_path / "a.png"),)
+    given: dict[str, Any] = {part: {"a": asked} if part == "pictured" else asked}
+    probes = replace(Probes((), ()), **given)
+    monkeypatch.setattr(behaviour, "observe", lambda *_: pytest.fail("asked"))
+    refused(lambda: behaviour.measure(tiny, probes, PhraseJudge(), "test"), "<image> stands for a picture")
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])

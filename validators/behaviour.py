@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ..guard.hooks import attached
 from ..guard.images import IMAGE_KINDS, ImageKind
 from ..guard.interventions import TwoPass
 from ..guard.progress import batched
-from ..guard.prompts import MAX_PIXELS_AT_ONCE, Prompt, at_once, encode, illustrated, pixels
+from ..guard.prompts import MAX_PIXELS_AT_ONCE, Prompt, at_once, check_words, encode, illustrated, pixels
 from ..guard.states import text_states
 from ..guard.vlm import VLM
 from .benchmarks import Pictured
@@ -109,7 +110,13 @@ Ask = Callable[[Sequence[Prompt], str, ImageKind | None], list[str]]
 
 
 def measure(vlm: VLM, probes: Probes, judge: Judge, what: str, guard: Guard | None = None) -> Behaviour:
-    """The behaviour of `vlm` on `probes` under every image kind; `what` names it in the progress bar."""
+    """The behaviour of `vlm` on `probes` under every image kind; `what` names it in the progress bar.
+
+    Raises InputError, before anything is asked, for a text that this model cannot be asked.
+    """
+    pictured = [*probes.questions, *chain(*probes.pictured.values())]
+    check_words(vlm, (each.text for each in (*probes.harmful, *probes.benign, *probes.qa)))
+    check_words(vlm, (each.text for each in pictured))
     return observe(partial(generate, vlm, guard=guard), probes, judge, what)
 
 
