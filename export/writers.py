@@ -20,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..guard.errors import InputError
 from ..guard.parts import decoder, decoder_layers
+from ..guard.untrusted import read_given
 from ..guard.vlm import meta_model
 from .checkpoint import EDITABLE, QUANTISED, Checkpoint
 from .names import Layout
@@ -140,11 +141,10 @@ class Table:
 
     def with_file(self, path: Path) -> Table:
         """This table and the rows of the user's file `path`. InputError if it is not a family file."""
+        text = read_given(path, MAX_FAMILY_BYTES)
         try:
-            if path.stat().st_size > MAX_FAMILY_BYTES:
-                raise InputError(f"{path}: larger than {MAX_FAMILY_BYTES} bytes; not a family file")
-            rows = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            rows = tomllib.loads(text.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: not a family file ({error})") from error
         _check_rows(path, rows)
         return self.with_rows(rows)

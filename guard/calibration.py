@@ -14,7 +14,7 @@ from torch import Tensor
 from .detector import split
 from .errors import InputError
 from .images import ImageKind, draw
-from .prompts import Anchors, Prompt, field, load_image, rows
+from .prompts import Anchors, Pictures, Prompt, field, rows
 from .transcripts import Place, Readings, Transcripts, Usage, answer, read
 from .vlm import VLM
 
@@ -50,9 +50,10 @@ class Part:
 def load_benign(path: Path) -> list[Prompt]:
     """Benign prompts from JSONL or CSV with `text` (and `image`, a file beside it). InputError naming the line."""
     prompts = []
+    pictures = Pictures(path.parent)
     for number, row in rows(path):
-        image = row.get("image")
-        picture = load_image(path.parent, str(image), f"{path}, line {number}") if image else None
+        image = field(path, number, row, "image") if row.get("image") else None
+        picture = pictures.load(image, f"{path}, line {number}") if image else None
         prompts.append(Prompt(field(path, number, row, "text"), picture))
     return prompts
 

@@ -26,6 +26,7 @@ from huggingface_hub.errors import (
 
 from .errors import InputError, first_line
 from .trust import trusted
+from .untrusted import parse_object, read_bytes
 
 COMPANIONS = [
     *("*.json", "*.jsonl", "*.jinja", "*.model", "*.txt"),
@@ -90,14 +91,12 @@ def _snapshot(hub_id: str, revision: str | None, patterns: list[str] | None) -> 
 
 
 def _weights(folder: Path) -> list[str]:
-    path = folder / INDEX
-    if not path.is_file() or path.stat().st_size > MAX_INDEX_BYTES:
-        return WEIGHTS
     try:
-        named = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+        index = parse_object(read_bytes(folder, INDEX, MAX_INDEX_BYTES), str(folder / INDEX))
+        named = set(index["weight_map"].values())
         return sorted(name for name in named if re.fullmatch(r"[\w.\-]+\.safetensors", name)) or WEIGHTS
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return WEIGHTS  # what is wrong with the index is said where it is read
+    except (InputError, KeyError, TypeError, AttributeError):
+        return WEIGHTS  # there is none, or what is wrong with it is said where it is read
 
 
 def retried(step: Callable[[], Result]) -> Result:

@@ -15,7 +15,7 @@ from .errors import InputError
 from .images import ImageKind
 from .parts import decoder_layers, output_tensor
 from .progress import batched
-from .prompts import Prompt, encode, illustrated, positions
+from .prompts import Prompt, at_once, encode, illustrated, positions
 from .vlm import VLM, running
 
 
@@ -77,7 +77,9 @@ def prompt_states(
 
     Raises InputError if a state is NaN or infinite (a damaged checkpoint, or float16 overflowing).
     """
-    parts = [batch_states(vlm, illustrated(batch, kind), layers) for batch in batched(prompts, vlm.batch_size, what)]
+    parts = [
+        batch_states(vlm, illustrated(batch, kind), layers) for batch in batched(prompts, at_once(vlm, prompts), what)
+    ]
     states = {layer: torch.cat([part[layer].cpu() for part in parts]) for layer in layers}
     for layer, each in states.items():
         if not torch.isfinite(each).all():

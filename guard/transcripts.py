@@ -15,7 +15,7 @@ from transformers import BatchFeature
 from .images import ImageKind
 from .parts import decoder_layers, mlp_parts
 from .progress import batched
-from .prompts import Prompt, encode, illustrated
+from .prompts import Prompt, at_once, encode, illustrated
 from .states import forward
 from .vlm import VLM, image_token_of, running
 
@@ -53,7 +53,7 @@ def answer(
     """`prompts` with the model's own greedy answers, up to `tokens` each, cut after the end of sequence."""
     model: Any = vlm.model
     answers: list[tuple[int, ...]] = []
-    for batch in batched(prompts, vlm.batch_size, what):
+    for batch in batched(prompts, at_once(vlm, prompts), what):
         inputs = encode(vlm, illustrated(batch, kind))
         with running(model):
             made = model.generate(**inputs, do_sample=False, max_new_tokens=tokens, suppress_tokens=_never_said(model))
@@ -96,7 +96,7 @@ class Page:
 def pages(vlm: VLM, transcripts: Transcripts, what: str) -> Iterator[Page]:
     """The transcripts in batches, under a progress bar named `what`."""
     pad, image_token = vlm.processor.tokenizer.pad_token_id, image_token_of(vlm.model.config)
-    for rows in batched(range(len(transcripts)), vlm.batch_size, what):
+    for rows in batched(range(len(transcripts)), at_once(vlm, transcripts.prompts), what):
         batch = encode(vlm, illustrated([transcripts.prompts[row] for row in rows], transcripts.kind))
         answers = [torch.tensor(transcripts.answers[row], dtype=torch.long) for row in rows]
         answers = [each.masked_fill(each == image_token, pad) for each in answers]  # a picture's place needs a picture

@@ -33,21 +33,39 @@ def open_regular(folder: Path, name: str) -> int:
     A link may point inside the folder, or where the hub's cache keeps its files (snapshots/REVISION -> blobs).
     """
     path = folder / name
-    try:
-        real, home = path.resolve(), folder.resolve()
-    except (OSError, RuntimeError) as error:  # a link to itself
-        raise InputError(f"{path}: cannot be read (a link that leads nowhere)") from error
+    real, home = _real(path), _real(folder)
     allowed = [home]
     if home.parent.name == "snapshots":
         allowed.append(home.parent.parent / "blobs")
     if not any(real.is_relative_to(place) for place in allowed):
         raise InputError(f"{path}: leads outside the model folder, to {real}")
+    return _open(real, path)
+
+
+def open_given(path: Path) -> int:
+    """A read-only descriptor of the regular file that a user names, who may name a link; never blocks."""
+    return _open(_real(path), path)
+
+
+def _real(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError) as error:  # a link to itself
+        raise InputError(f"{path}: cannot be read (a link that leads nowhere)") from error
+    except ValueError as error:  # half a character, or none at all
+        raise InputError(f"{str(path)!r}: not a name that a file can have") from error
+
+
+def _open(real: Path, path: Path) -> int:
+    """The regular file `real`, which `path` leads to, opened for reading."""
     descriptor = None
     try:
         if stat.S_ISREG(real.lstat().st_mode):  # a device may do something on being opened
             descriptor = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
             if stat.S_ISREG(os.fstat(descriptor).st_mode):
                 return descriptor
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     if descriptor is not None:  # it was replaced meanwhile
@@ -90,10 +108,22 @@ def check_files(folder: Path, suffixes: tuple[str, ...]) -> None:
 
 def read_bytes(folder: Path, name: str, limit: int) -> bytes:
     """The bytes of `name` in `folder`. InputError if it is no regular file of the folder, or larger than `limit`."""
-    with os.fdopen(open_regular(folder, name), "rb") as file:
-        data = file.read(limit + 1) if os.fstat(file.fileno()).st_size <= limit else None
+    return _read(open_regular(folder, name), folder / name, limit)
+
+
+def read_given(path: Path, limit: int) -> bytes:
+    """The bytes of the file that a user names. InputError if it is no regular file, or larger than `limit`."""
+    return _read(open_given(path), path, limit)
+
+
+def _read(descriptor: int, path: Path, limit: int) -> bytes:
+    try:
+        with os.fdopen(descriptor, "rb") as file:
+            data = file.read(limit + 1) if os.fstat(file.fileno()).st_size <= limit else None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     if data is None or len(data) > limit:
-        raise InputError(f"{folder / name}: larger than {limit} bytes")
+        raise InputError(f"{path}: larger than {limit} bytes")
     return data
 
 

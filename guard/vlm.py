@@ -93,8 +93,8 @@ MAX_NUMBER = 2**32
 BUFFER_BYTES = 2**30
 """Of memory that building a model without its weights may take: its buffers."""
 
-READ_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".safetensors")
-"""Of files that transformers may open in a model folder."""
+READ_SUFFIXES = (".json", ".jsonl", ".jinja", ".model", ".txt", ".safetensors")
+"""Of files that transformers may open in a model folder, and of the prompts that lie there."""
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from test_checkpoint import within
 
+from guardfold.guard import prompts
 from guardfold.guard.errors import InputError
 from guardfold.guard.images import IMAGE_KINDS, ImageKind
-from guardfold.guard.prompts import Prompt
+from guardfold.guard.prompts import MAX_TEXT, Prompt
+from guardfold.guard.untrusted import MAX_PARTS
+from guardfold.validators import benchmarks
 from guardfold.validators.behaviour import Behaviour, observe
 from guardfold.validators.benchmarks import FIGSTEP_TEXT, LOADERS, Pictured, load_benchmark
 from guardfold.validators.judge import PhraseJudge, mentions
@@ -109,8 +114,6 @@ def texts(prompts: Sequence[Prompt | Pictured]) -> list[str]:
 
 
 def test_every_loader_is_tried_here_and_documented() -> None:
-    from guardfold.validators import benchmarks
-
     assert FILES.keys() == LOADERS.keys()
     assert all(f"| {name} |" in (benchmarks.__doc__ or "") for name in LOADERS)
 
@@ -194,8 +197,9 @@ def test_a_link_that_leads_outside_is_refused(tmp_path: Path) -> None:
         ("xstest", "xstest_prompts.csv", ",safe", ",maybe", "line 2: 'label' is neither safe nor unsafe"),
         ("jailbreakv", "JailBreakV_28K.csv", "jailbreak_query", "query", "line 2: 'jailbreak_query' is missing"),
         ("mm-vet", "mm-vet.json", '"question"', '"asked"', "'question' is missing"),
-        ("mm-vet", "mm-vet.json", "{", "[", "not JSON"),
+        ("mm-vet", "mm-vet.json", "{", "[", "not sound JSON"),
         ("vqa", "vqa.jsonl", '"answer": "square"', '"answer": 3', "line 2: 'answer' is missing"),
+        ("vqa", "vqa.jsonl", '["red"', '[["red"]', "line 1: 'answer' is missing"),
     ],
 )
 def test_what_is_malformed_is_named(tmp_path: Path, name: str, file: str, old: str, new: str, says: str | None) -> None:
@@ -206,6 +210,71 @@ def test_what_is_malformed_is_named(tmp_path: Path, name: str, file: str, old: s
         replaced(tmp_path / file, old, new)
     with pytest.raises(InputError, match=says or "holds no prompts of maliciousinstruct"):
         load_benchmark(name, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("maliciousinstruct", "MaliciousInstruct.txt"),
+        ("advbench", "harmful_behaviors.csv"),
+        ("figstep", "prompt.txt"),
+        ("figstep", "data/question/safebench.csv"),
+        ("mm-safetybench", "processed_questions/01-Walls.json"),
+        ("mm-vet", "mm-vet.json"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_no_file_of_a_benchmark_is_a_pipe_or_a_device(tmp_path: Path, name: str, file: str, kind: str) -> None:
+    path = FILES[name](tmp_path)
+    (tmp_path / file).unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(tmp_path / file)
+    else:
+        (tmp_path / file).symlink_to("/dev/zero")
+    with within(20), pytest.raises(InputError, match=r"not a regular file|leads outside|no such file"):
+        load_benchmark(name, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "text", "says"),
+    [
+        ("maliciousinstruct", "MaliciousInstruct.txt", "a" * (MAX_TEXT + 1), "line 1: longer than"),
+        ("maliciousinstruct", "MaliciousInstruct.txt", "a" * 10**6, "line 1: longer than"),
+        ("figstep", "prompt.txt", "a" * 10**6, "larger than"),
+        ("mm-vet", "mm-vet.json", '{"a": ' + "[" * 50_000, "not sound JSON"),
+        ("mm-vet", "mm-vet.json", '{"a": {"question": "\\ud800", "imagename": "v1_0.png"}}', "'question': not text"),
+        (
+            "mm-safetybench",
+            "processed_questions/01-Walls.json",
+            json.dumps({"a" * 10**6: {}}),
+            "'a{80}': .* is missing",
+        ),
+        ("mm-safetybench", "processed_questions/01-Walls.json", '{"a": 1}', "not a JSON object of objects"),
+        ("mm-safetybench", "processed_questions/01-Walls.json", "[" + "{}," * MAX_PARTS + "{}]", "over .* values"),
+    ],
+)
+def test_a_benchmark_that_would_fill_the_memory_is_refused(
+    tmp_path: Path, name: str, file: str, text: str, says: str
+) -> None:
+    path = FILES[name](tmp_path)
+    write(tmp_path / file, text)
+    with within(20), pytest.raises(InputError, match=says):
+        load_benchmark(name, path)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_benchmark_of_too_many_prompts_is_refused(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = FILES[name](tmp_path)
+    for module in (prompts, benchmarks):
+        monkeypatch.setattr(module, "MAX_ROWS", 0)
+    with pytest.raises(InputError, match=r"over 0 (rows|entries); leave some out"):
+        load_benchmark(name, path)
+
+
+def test_a_label_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "xstest.jsonl", json.dumps({"prompt": "Paint it", "label": 1}))
+    with pytest.raises(InputError, match="line 1: 'label' is missing or not text"):
+        load_benchmark("xstest", path)
 
 
 def test_benchmarks_come_beside_the_plain_probes(tmp_path: Path) -> None:
@@ -230,6 +299,8 @@ def test_benchmarks_come_beside_the_plain_probes(tmp_path: Path) -> None:
         (["advbench=absent.csv"], "no such file or folder"),
         ([BUILT_IN, BUILT_IN], "a second plain file"),
         (["absent.jsonl"], "no such file"),
+        ([f"{'a' * 300}=b"], "not a file, and"),
+        ([f"advbench={'a' * 300}"], "no such file or folder"),
     ],
 )
 def test_what_cannot_be_asked_is_said(tmp_path: Path, probes: list[str | Path], says: str) -> None:

@@ -97,7 +97,7 @@ def test_too_few_of_either_are_refused(pairs: int, prompts: int) -> None:
         ('{"text": ""}', "'text' is missing or not text"),
         ('{"txt": "a"}', "'text' is missing or not text"),
         ('{"text": 7}', "'text' is missing or not text"),
-        ("{oops", "not JSON"),
+        ("{oops", "not sound JSON"),
         ("[1]", "not a JSON object"),
         ('{"text": "a", "image": "absent.png"}', "not a file inside"),
         ('{"text": "a", "image": "../secret.png"}', "not a file inside"),

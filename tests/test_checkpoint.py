@@ -269,7 +269,7 @@ INDICES: dict[str, tuple[Callable[[Path, dict[str, Any]], object], str, str]] = 
     "a shard missing": (
         lambda folder, index: (folder / "two.safetensors").unlink(),
         "two.safetensors",
-        "cannot be read",
+        "no such file",
     ),
     "a tensor missing": (
         lambda folder, index: index["weight_map"].update(d="two.safetensors"),

@@ -120,6 +120,14 @@ def test_a_report_of_other_probes_or_another_judge_is_no_baseline(
     (broken / "report.json").write_text(json.dumps(told))
     with pytest.raises(InputError, match="not a report that guardfold wrote"):
         check_served(endpoint, folder=broken)
+    for text in ("[" * 50_000, '{"outcomes": {}, "outcomes": {}}', "[]"):
+        (broken / "report.json").write_text(text)
+        with pytest.raises(InputError, match=r"report\.json: not (sound JSON|a JSON object)"):
+            check_served(endpoint, folder=broken)
+    (broken / "report.json").unlink()
+    (broken / "report.json").symlink_to(folder / "report.json")
+    with pytest.raises(InputError, match=r"report\.json: leads outside the model folder"):
+        check_served(endpoint, folder=broken)
     (broken / "report.json").unlink()
     assert check_served(endpoint, folder=broken).verdict is None
 

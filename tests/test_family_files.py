@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ import torch
 from specimens import Knobs, Specimen, build
 from specimens.known import KNOWN
 from specimens.llava_kind import CLIP, FEATURES, llava, square
+from test_checkpoint import within
 from zoo import random_basis
 
 from guardfold.export.checkpoint import Checkpoint
-from guardfold.export.writers import family_of
+from guardfold.export.writers import MAX_FAMILY_BYTES, Table, family_of
 from guardfold.guard.errors import InputError, Refused
 from guardfold.guard.guard import Guard
 from guardfold.guard.interventions import SharedProjection
@@ -117,6 +119,28 @@ def test_a_bad_family_file_is_one_line(tmp_path: Path, tiny_folder: Path, conten
     with pytest.raises(InputError, match=complaint) as caught:
         family_of(Checkpoint.open(tiny_folder), path)
     assert "\n" not in str(caught.value) and "row.toml" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("pipe", "not a regular file"),
+        ("device", "not a regular file"),
+        ("nothing", "no such file"),
+        ("large", "larger than"),
+        ("nested too deep", "not a family file"),
+    ],
+)
+def test_what_is_no_file_or_too_large_is_no_family_file(tmp_path: Path, kind: str, says: str) -> None:
+    path = tmp_path / "row.toml"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind != "nothing":
+        path.write_bytes(b"a=" + b"[" * (MAX_FAMILY_BYTES if kind == "large" else 50_000))
+    with within(20), pytest.raises(InputError, match=rf"row\.toml: {says}"):
+        Table.built_in().with_file(path)
 
 
 def test_a_row_that_matches_nothing_is_refused_by_name(tmp_path: Path, tiny_folder: Path) -> None:

@@ -27,6 +27,7 @@ from guardfold.guard.errors import InputError, Refused
 from guardfold.guard.guard import Guard
 from guardfold.guard.hub import ATTEMPTS, download
 from guardfold.guard.interventions import SublayerProjection
+from guardfold.guard.untrusted import MAX_PARTS
 from guardfold.guard.vlm import load, resolve
 from guardfold.pipeline import Export, GuardOptions, export_guarded
 
@@ -366,7 +367,13 @@ def test_a_download_is_tried_again(hub: HubServer, folder: Path, fault: Fault) -
     assert tensors(place).keys() == tensors(folder).keys()
 
 
-@pytest.mark.parametrize("text", ["[]", "{", '{"weight_map": []}', '{"weight_map": {"a": "../b.safetensors", "c": 3}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("[]", "{", '{"weight_map": []}', '{"weight_map": {"a": "../b.safetensors", "c": 3}}', "[" * 50_000),
+        '{"weight_map": {"a": "b.safetensors"}, "a": [' + "[]," * MAX_PARTS + "[]]}",
+    ],
+)
 def test_an_index_that_is_unsound_names_nothing(hub: HubServer, text: str) -> None:
     files = {"config.json": b"{}", "model.safetensors.index.json": text.encode(), "b.safetensors": b"x"}
     hub.add("owner/base", files)

@@ -34,8 +34,8 @@ def test_anchors_are_the_same_from_jsonl_and_csv(tmp_path: Path) -> None:
 
 GOOD = json.dumps({"harmful": "steal", "harmless": "buy"})
 ANCHOR_FILES: dict[str, tuple[str | bytes, str]] = {
-    "not JSON": (f"{GOOD}\n{{oops\n", "line 2: not JSON"),
-    "nested too deep": (f"{GOOD}\n{'[' * 50_000}\n", "line 2: not JSON"),
+    "not JSON": (f"{GOOD}\n{{oops\n", "line 2: not sound JSON"),
+    "nested too deep": (f"{GOOD}\n{'[' * 50_000}\n", "line 2: not sound JSON"),
     "not an object": (f"{GOOD}\n\n[1]\n", "line 3: not a JSON object"),
     "no harmless": (f'{GOOD}\n{{"harmful": "steal"}}\n', "line 2: 'harmless' is missing"),
     "not text": (f'{{"harmful": 1, "harmless": "buy"}}\n{GOOD}\n', "line 1: 'harmful' is missing or not text"),
@@ -73,8 +73,8 @@ def test_malformed_csv_is_refused_naming_the_line(tmp_path: Path, text: str, say
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    for path in (tmp_path / "absent.jsonl", tmp_path):
-        with pytest.raises(InputError, match="no such file") as error:
+    for path, says in ((tmp_path / "absent.jsonl", "no such file"), (tmp_path, "not a regular file")):
+        with pytest.raises(InputError, match=says) as error:
             load_anchors(path)
         assert str(path) in str(error.value)
 

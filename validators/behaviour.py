@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ..guard.hooks import attached
 from ..guard.images import IMAGE_KINDS, ImageKind
 from ..guard.interventions import TwoPass
 from ..guard.progress import batched
-from ..guard.prompts import Prompt, encode, illustrated
+from ..guard.prompts import MAX_PIXELS_AT_ONCE, Prompt, at_once, check_words, encode, illustrated, pixels
 from ..guard.states import text_states
 from ..guard.vlm import VLM, running
 from .benchmarks import Pictured
@@ -84,7 +85,7 @@ def generate(
 ) -> list[str]:
     """Greedy answers to `prompts`, a picture of `kind` attached to each, with `guard`'s hooks if there is one."""
     answers: list[str] = []
-    for batch in batched(prompts, vlm.batch_size, what):
+    for batch in batched(prompts, at_once(vlm, prompts), what):
         inputs = encode(vlm, illustrated(batch, kind))
         with attached(vlm.model, guard, _text_pass(vlm, batch, guard)) if guard else nullcontext():
             answers += respond(vlm, inputs)
@@ -110,7 +111,13 @@ Ask = Callable[[Sequence[Prompt], str, ImageKind | None], list[str]]
 
 
 def measure(vlm: VLM, probes: Probes, judge: Judge, what: str, guard: Guard | None = None) -> Behaviour:
-    """The behaviour of `vlm` on `probes` under every image kind; `what` names it in the progress bar."""
+    """The behaviour of `vlm` on `probes` under every image kind; `what` names it in the progress bar.
+
+    Raises InputError, before anything is asked, for a text that this model cannot be asked.
+    """
+    pictured = [*probes.questions, *chain(*probes.pictured.values())]
+    check_words(vlm, (each.text for each in (*probes.harmful, *probes.benign, *probes.qa)))
+    check_words(vlm, (each.text for each in pictured))
     return observe(partial(generate, vlm, guard=guard), probes, judge, what)
 
 
@@ -137,11 +144,20 @@ def observe(ask: Ask, probes: Probes, judge: Judge, what: str) -> Behaviour:
 
 
 def _ask_pictured(ask: Ask, pictured: Sequence[Pictured], what: str) -> list[str]:
-    """Answers to prompts with pictures, of which no more than AT_ONCE are open."""
-    answers: list[str] = []
-    for start in range(0, len(pictured), AT_ONCE):
-        answers += ask([each.prompt() for each in pictured[start : start + AT_ONCE]], what, None)
-    return answers
+    """Answers to prompts with pictures, of which no more are open than are asked together."""
+    return [text for group in _opened(pictured) for text in ask(group, what, None)]
+
+
+def _opened(pictured: Sequence[Pictured]) -> Iterator[list[Prompt]]:
+    """The prompts, AT_ONCE together, or fewer where their pictures are large."""
+    group: list[Prompt] = []
+    for each in pictured:
+        group.append(each.prompt())
+        if len(group) == AT_ONCE or sum(map(pixels, group)) >= MAX_PIXELS_AT_ONCE:
+            yield group
+            group = []
+    if group:
+        yield group
 
 
 def _outcomes(

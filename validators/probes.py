@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 from ..guard.errors import InputError
-from ..guard.prompts import Prompt, beside, field, load_image, rows
+from ..guard.prompts import Pictures, Prompt, beside, field, rows
+from ..guard.untrusted import parse_object, read_bytes
 from .benchmarks import LOADERS, Benchmark, Pictured, load_benchmark
 
 Asked = str | Path | Sequence[str | Path] | None
@@ -83,7 +84,7 @@ def _sort(probes: Asked) -> tuple[Path | None, dict[str, Benchmark]]:
     benchmarks: dict[str, Benchmark] = {}
     for each in [probes] if isinstance(probes, str | Path) else probes or ():
         name, equals, path = str(each).partition("=")
-        if not equals or Path(each).is_file():
+        if not equals or os.path.lexists(each):
             plain.append(Path(each))
         elif (name := name.lower()) not in LOADERS:
             raise InputError(f"--probes {each}: not a file, and {name!r} is none of {', '.join(LOADERS)}")
@@ -113,10 +114,11 @@ def _load_file(source: Path) -> tuple[list[Prompt], list[Prompt]]:
 
 
 def _load_qa(path: Path) -> tuple[Prompt, ...]:
+    pictures = Pictures(path.parent)
     return tuple(
         Prompt(
             field(path, number, row, "text"),
-            load_image(path.parent, field(path, number, row, "image"), f"{path}, line {number}"),
+            pictures.load(field(path, number, row, "image"), f"{path}, line {number}"),
             field(path, number, row, "answer"),
         )
         for number, row in rows(path)
@@ -125,11 +127,8 @@ def _load_qa(path: Path) -> tuple[Prompt, ...]:
 
 def refusal_text(folder: Path) -> str | None:
     """The one refusal text of the model in `folder`, if its demo.json names one. InputError if that is no JSON."""
-    path = folder / "demo.json"
-    if not path.is_file() or path.stat().st_size > MAX_DESCRIPTION_BYTES:
+    path = beside(folder, "demo.json")
+    if path is None:
         return None
-    try:
-        refusal = json.loads(path.read_text(encoding="utf-8")).get("refusal")
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path}: not a JSON object ({error})") from error
+    refusal = parse_object(read_bytes(folder, path.name, MAX_DESCRIPTION_BYTES), str(path)).get("refusal")
     return refusal if isinstance(refusal, str) and refusal.strip() else None

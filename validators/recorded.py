@@ -43,14 +43,14 @@ def recall(folder: Path, probes: Probes, judge: str, like: Behaviour) -> Behavio
     path = folder / REPORT
     if not os.path.lexists(path):
         return None
+    outcomes = parse_object(read_bytes(folder, REPORT, MAX_REPORT_BYTES), str(path)).get("outcomes")
     try:
-        outcomes = parse_object(read_bytes(folder, REPORT, MAX_REPORT_BYTES), str(path)).get("outcomes")
         if not outcomes:
             return None
         if (outcomes["probes"], outcomes["judge"]) != (asked(probes), judge):
             raise InputError(f"{path}: was measured with other probes or another judge; give the same, or a baseline")
         return _restored(outcomes["original"], like)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: not a report that guardfold wrote ({type(error).__name__}: {error})") from error
