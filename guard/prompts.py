@@ -39,7 +39,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Pictures that are opened. Of others that Pillow knows some are programs for other programs (EPS)."""
 
 MAX_PICTURE_BYTES = 64 * 2**20
-MAX_PIXELS = 2**24
+MAX_PIXELS = 2**25
 MAX_EDGE = 2**14
 MAX_ASPECT = 100
 """Above any photograph or page, below what image processors make gigabytes of."""
