@@ -14,7 +14,9 @@ from torch import Tensor
 from .detector import split
 from .errors import InputError
 from .images import ImageKind, draw
-from .prompts import Anchors, Pictures, Prompt, field, rows
+from .pictures import Pictures
+from .prompts import Anchors, Prompt
+from .tables import field, rows
 from .transcripts import Place, Readings, Transcripts, Usage, answer, read
 from .vlm import VLM
 

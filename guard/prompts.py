@@ -1,59 +1,32 @@
-"""Prompts as a model sees them: anchor pairs, files of prompts, image kinds, chat template, left-padded batches."""
+"""Prompts as a model sees them: anchor pairs, image kinds, chat template, left-padded batches."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import inspect
 import json
 import os
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
-from io import BytesIO
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from transformers import BatchFeature
 
 from .errors import InputError
 from .images import ImageKind, draw
+from .pictures import MAX_PIXELS_AT_ONCE
 from .processing import encoded
-from .untrusted import open_given, open_regular, parse_object, read_given
+from .tables import field, rows
+from .untrusted import open_regular
 from .vlm import VLM
 
 BUILT_IN_ANCHORS = Path(str(files("guardfold.guard") / "data" / "anchors.jsonl"))
-MAX_ROW_BYTES = 2**16
-MAX_FILE_BYTES = 256 * 2**20
-MAX_ROWS = 100_000
-MAX_LINES = 2**22
-"""Blank ones too, and those within a row of CSV."""
-
-MAX_TEXT = 2**13
-"""Characters of one text: what a model takes for a text grows with its square."""
-
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""Pictures that are opened. Of others that Pillow knows some are programs for other programs (EPS)."""
-
-MAX_PICTURE_BYTES = 64 * 2**20
-MAX_PIXELS = 2**25
-MAX_EDGE = 2**14
-MAX_ASPECT = 100
-"""Above any photograph or page, below what image processors make gigabytes of."""
-
-MAX_PIXELS_TOGETHER = 2**28
-"""In three bytes each."""
-
-MAX_PIXELS_AT_ONCE = 2**26
-"""Of one batch: image processors need some forty bytes each."""
-
 PLACEHOLDERS = ("image_token", "boi_token", "video_token", "audio_token")
 """What processors call the words in whose place they put something else."""
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -85,91 +58,6 @@ class Anchors:
         return hashlib.sha256(json.dumps([self.harmful, self.harmless]).encode()).hexdigest()
 
 
-def rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, row) of a JSONL or CSV file. InputError, naming the line, for what is not a row."""
-    found = _csv_rows(path) if path.suffix.lower() == ".csv" else _json_rows(path)
-    yield from limited(path, found)
-
-
-def limited(path: Path, found: Iterable[tuple[int, Item]]) -> Iterator[tuple[int, Item]]:
-    """`found`, (line number, what is there) of the file `path`. InputError if there are more than a file may have."""
-    for count, (number, item) in enumerate(found, start=1):
-        if count > MAX_ROWS:
-            raise InputError(f"{path}, line {number}: over {MAX_ROWS} rows; leave some out")
-        yield number, item
-
-
-def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in lines(path):
-        if line.strip():
-            yield number, parse_object(line.encode(), f"{path}, line {number}")
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows of a CSV file. A row may go over several lines, together no longer than one may be."""
-    taken = 0
-
-    def counted() -> Iterator[str]:
-        nonlocal taken
-        for number, line in lines(path):
-            taken += len(line)
-            _check_length(taken, MAX_ROW_BYTES, f"{path}, line {number}")
-            yield line
-
-    reader = csv.DictReader(counted())
-    try:
-        for row in reader:
-            yield reader.line_num, row
-            taken = 0
-    except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
-
-
-def lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number, line) of a text file, none of them read further than one may be long. InputError otherwise."""
-    descriptor = open_given(path)
-    with os.fdopen(descriptor, encoding="utf-8-sig", newline="") as file:  # spreadsheets begin their CSV with a mark
-        if os.fstat(descriptor).st_size > MAX_FILE_BYTES:
-            raise InputError(f"{path}: larger than {MAX_FILE_BYTES} bytes")
-        try:
-            for number, line in enumerate(iter(lambda: file.readline(MAX_ROW_BYTES + 1), ""), start=1):
-                _check_length(len(line), MAX_ROW_BYTES, f"{path}, line {number}")
-                if number > MAX_LINES:
-                    raise InputError(f"{path}: over {MAX_LINES} lines")
-                yield number, line
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}: not UTF-8 text ({error})") from error
-
-
-def field(path: Path, number: int, row: dict[str, Any], name: str) -> str:
-    """The text `row[name]`. InputError naming file, line and column if there is none, or none that a model is asked."""
-    return text_of(row, name, f"{path}, line {number}")
-
-
-def text_of(row: dict[str, Any], name: str, where: str) -> str:
-    """The text `row[name]`. InputError that begins with `where` if there is none, or none that a model is asked."""
-    value = row.get(name)
-    if not isinstance(value, str) or not value.strip():
-        raise InputError(f"{where}: {name!r} is missing or not text")
-    return sound_text(value, f"{where}: {name!r}")
-
-
-def sound_text(text: str, where: str) -> str:
-    """`text` without the blanks around it. InputError if it is too long to be asked, or is none in UTF-8."""
-    text = text.strip()
-    _check_length(len(text), MAX_TEXT, where)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{where}: not text ({error.reason})") from error
-    return text
-
-
-def _check_length(length: int, limit: int, where: str) -> None:
-    if length > limit:
-        raise InputError(f"{where}: longer than {limit} characters")
-
-
 def beside(folder: Path, name: str) -> Path | None:
     """The file `name` that a model folder brings for its own measurement, if it does. InputError if it is no regular
     file of that folder.
@@ -187,70 +75,6 @@ def load_anchors(path: Path = BUILT_IN_ANCHORS) -> Anchors:
         raise InputError(f"{path}: no anchor pairs")
     harmful, harmless = zip(*pairs, strict=True)
     return Anchors(harmful, harmless)
-
-
-def inside(folder: Path, name: str, where: str) -> Path:
-    """The file `name` inside `folder`; InputError if it leads outside or is none."""
-    try:
-        os.close(open_regular(folder, name))
-    except InputError as error:
-        raise InputError(f"{where}: {name[:256]!r} is not a file inside {folder}") from error
-    return (folder / name).resolve()
-
-
-def load_image(folder: Path, name: str, where: str) -> Image.Image:
-    """The picture `name` inside `folder`; InputError if it leads outside or is no picture."""
-    return open_image(inside(folder, name, where), f"{where}: {name!r}")
-
-
-class Pictures:
-    """Pictures of one folder, for as long as one file of prompts is read: each decoded once, however often it is named.
-
-    All together they have at most MAX_PIXELS_TOGETHER.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.held: dict[Path, Image.Image] = {}
-        self.pixels = 0
-
-    def load(self, name: str, where: str) -> Image.Image:
-        """As `load_image`. InputError also if this picture is one too many."""
-        path = inside(self.folder, name, where)
-        if path not in self.held:
-            picture = self.held[path] = open_image(path, f"{where}: {name!r}")
-            self.pixels += picture.width * picture.height
-            if self.pixels > MAX_PIXELS_TOGETHER:
-                raise InputError(
-                    f"{where}: the pictures up to here have over {MAX_PIXELS_TOGETHER} pixels; shrink them"
-                )
-        return self.held[path]
-
-
-def open_image(path: Path, what: str) -> Image.Image:
-    """The picture in `path`; InputError if it is none, or larger than it need be. What is larger is not decoded."""
-    data = read_given(path, MAX_PICTURE_BYTES)
-    try:
-        with warnings.catch_warnings(action="ignore"):  # Pillow's, of pictures that are taken or refused here
-            picture = Image.open(BytesIO(data), formats=FORMATS)
-            _check_size(*picture.size, what)
-            return picture.convert("RGB")
-    except InputError:
-        raise
-    except UnidentifiedImageError as error:
-        raise InputError(f"{what} is not a readable picture (none of {', '.join(FORMATS)})") from error
-    except Exception as error:  # foreign files can break a decoder in any way
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{what} is not a readable picture ({reason})") from error
-
-
-def _check_size(width: int, height: int, what: str) -> None:
-    short, long = sorted((width, height))
-    if long > MAX_EDGE or width * height > MAX_PIXELS or long > MAX_ASPECT * short:
-        raise InputError(
-            f"{what} is a picture of {width} x {height} pixels; at most {MAX_PIXELS} in all, {MAX_EDGE} along an edge "
-            f"and {MAX_ASPECT} times as long as wide are taken"
-        )
 
 
 def illustrated(prompts: Iterable[Prompt], kind: ImageKind | None) -> list[Prompt]:

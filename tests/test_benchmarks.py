@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 from test_checkpoint import within
 
-from guardfold.guard import prompts
+from guardfold.guard import tables
 from guardfold.guard.errors import InputError
 from guardfold.guard.images import IMAGE_KINDS, ImageKind
-from guardfold.guard.prompts import MAX_TEXT, Prompt
+from guardfold.guard.prompts import Prompt
+from guardfold.guard.tables import MAX_TEXT
 from guardfold.guard.untrusted import MAX_PARTS
 from guardfold.validators import benchmarks
 from guardfold.validators.behaviour import Behaviour, observe
@@ -265,7 +266,7 @@ def test_a_benchmark_that_would_fill_the_memory_is_refused(
 @pytest.mark.parametrize("name", FILES)
 def test_a_benchmark_of_too_many_prompts_is_refused(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path = FILES[name](tmp_path)
-    for module in (prompts, benchmarks):
+    for module in (tables, benchmarks):
         monkeypatch.setattr(module, "MAX_ROWS", 0)
     with pytest.raises(InputError, match=r"over 0 (rows|entries); leave some out"):
         load_benchmark(name, path)

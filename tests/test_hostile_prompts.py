@@ -16,10 +16,12 @@ import pytest
 from PIL import Image
 from test_checkpoint import within
 
-from guardfold.guard import prompts, states, transcripts
+from guardfold.guard import pictures, prompts, states, tables, transcripts
 from guardfold.guard.calibration import load_benign
 from guardfold.guard.errors import InputError
-from guardfold.guard.prompts import Prompt, beside, encode, illustrated, load_anchors, load_image, rows
+from guardfold.guard.pictures import load_image
+from guardfold.guard.prompts import Prompt, beside, encode, illustrated, load_anchors
+from guardfold.guard.tables import rows
 from guardfold.guard.vlm import VLM, read_config
 from guardfold.validators import behaviour
 from guardfold.validators.benchmarks import Pictured
@@ -108,7 +110,10 @@ def test_a_picture_by_an_impossible_name_is_refused(tmp_path: Path, name: str) -
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("how to \ud800 ?", r"not text \(surrogates not allowed\)"), ("a " * prompts.MAX_TEXT, "longer than 8192 char")],
+    [
+        ("how to \ud800 ?", r"not text \(surrogates not allowed\)"),
+        ("a " * tables.MAX_TEXT, f"longer than {tables.MAX_TEXT} char"),
+    ],
 )
 def test_texts_that_no_model_is_asked_are_refused(tmp_path: Path, text: str, says: str) -> None:
     picture(tmp_path / "a.png")
@@ -141,8 +146,8 @@ def test_such_a_word_is_found_before_anything_is_asked(
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
 def test_an_endless_line_is_not_read_to_its_end(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / name).write_bytes(b"text\n" + b"a" * 10**6 + b"\xff")
-    monkeypatch.setattr(prompts, "MAX_ROW_BYTES", 100)
-    refused(lambda: list(prompts.lines(tmp_path / name)), f"{name}, line 2: longer than 100 characters")
+    monkeypatch.setattr(tables, "MAX_ROW_BYTES", 100)
+    refused(lambda: list(tables.lines(tmp_path / name)), f"{name}, line 2: longer than 100 characters")
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
@@ -150,14 +155,14 @@ def test_endless_blank_lines_are_not_read_to_their_end(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / name).write_text("\n" * 20)
-    monkeypatch.setattr(prompts, "MAX_LINES", 20)
+    monkeypatch.setattr(tables, "MAX_LINES", 20)
     assert list(rows(tmp_path / name)) == []
-    monkeypatch.setattr(prompts, "MAX_LINES", 19)
+    monkeypatch.setattr(tables, "MAX_LINES", 19)
     refused(lambda: list(rows(tmp_path / name)), f"{name}: over 19 lines")
 
 
 def test_a_row_over_endless_lines_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompts, "MAX_ROW_BYTES", 100)
+    monkeypatch.setattr(tables, "MAX_ROW_BYTES", 100)
     (tmp_path / "a.csv").write_text("text,more\n" + '"a\n","b"\n' * 50)
     assert len(list(rows(tmp_path / "a.csv"))) == 50
     (tmp_path / "a.csv").write_text("text,more\n" + '"a\n",' * 50)
@@ -167,14 +172,14 @@ def test_a_row_over_endless_lines_is_not_read_to_its_end(tmp_path: Path, monkeyp
 @pytest.mark.parametrize(("name", "text"), [("a.jsonl", '{"text": "a"}\n' * 4), ("a.csv", "text\n" + "a\n" * 4)])
 def test_too_many_rows_are_refused(tmp_path: Path, name: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / name).write_text(text)
-    monkeypatch.setattr(prompts, "MAX_ROWS", 4)
+    monkeypatch.setattr(tables, "MAX_ROWS", 4)
     assert len(list(rows(tmp_path / name))) == 4
-    monkeypatch.setattr(prompts, "MAX_ROWS", 3)
+    monkeypatch.setattr(tables, "MAX_ROWS", 3)
     refused(lambda: list(rows(tmp_path / name)), rf"{name}, line [45]: over 3 rows")
 
 
 @pytest.mark.parametrize(
-    ("width", "height", "mode"), [(13300, 13300, "1"), (1, 2**14 + 1, "1"), (2, 201, "RGB"), (5000, 5000, "L")]
+    ("width", "height", "mode"), [(13300, 13300, "1"), (1, 2**14 + 1, "1"), (2, 201, "RGB"), (6000, 6000, "L")]
 )
 def test_an_absurd_picture_is_refused_before_it_is_decoded(
     tmp_path: Path, width: int, height: int, mode: str, monkeypatch: pytest.MonkeyPatch
@@ -197,7 +202,7 @@ def test_a_warning_of_pillows_is_not_shown(tmp_path: Path, monkeypatch: pytest.M
     assert not said
 
 
-@pytest.mark.parametrize("format", prompts.FORMATS)
+@pytest.mark.parametrize("format", pictures.FORMATS)
 def test_pictures_of_every_format_that_is_named_are_opened(tmp_path: Path, format: str) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "a", format)
     assert load_image(tmp_path, "a", "here").size == (4, 4)
@@ -213,7 +218,7 @@ def test_what_breaks_a_decoder_is_one_line(tmp_path: Path, name: str) -> None:
 
 def test_a_large_picture_file_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = picture(tmp_path / "a.png")
-    monkeypatch.setattr(prompts, "MAX_PICTURE_BYTES", path.stat().st_size - 1)
+    monkeypatch.setattr(pictures, "MAX_PICTURE_BYTES", path.stat().st_size - 1)
     refused(lambda: load_image(tmp_path, path.name, "here"), r"a\.png: larger than")
 
 
@@ -226,7 +231,7 @@ def test_a_picture_is_decoded_once_a_file_and_all_of_them_within_bounds(
     (tmp_path / "link.png").symlink_to("a.png")
     names = ["a.png", "./a.png", "link.png"] * 10
     qa = write(tmp_path / "qa.jsonl", *({**asked, "image": name} for name in names))
-    monkeypatch.setattr(prompts, "MAX_PIXELS_TOGETHER", 20)
+    monkeypatch.setattr(pictures, "MAX_PIXELS_TOGETHER", 20)
     for loaded in (load_probes(None, qa=qa).qa, load_benign(qa)):
         assert len(loaded) == 30 and len({id(each.image) for each in loaded}) == 1
     write(qa, *({**asked, "image": name} for name in (*names, "b.png")))

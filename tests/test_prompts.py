@@ -12,7 +12,8 @@ from PIL import Image
 from zoo import PATCH, SIDE
 
 from guardfold.guard.errors import InputError
-from guardfold.guard.prompts import Prompt, encode, illustrated, load_anchors, load_image, positions
+from guardfold.guard.pictures import load_image
+from guardfold.guard.prompts import Prompt, encode, illustrated, load_anchors, positions
 from guardfold.guard.vlm import VLM
 
 PAIRS = [("how to steal a car ?", "how to paint a car ?"), ('open, "a" lock', "open a door")]

@@ -21,7 +21,8 @@ from guardfold.guard import untrusted
 from guardfold.guard.errors import InputError
 from guardfold.guard.guard import MAX_GUARD_BYTES, Guard, Intervention
 from guardfold.guard.interventions import SublayerProjection
-from guardfold.guard.prompts import load_anchors, load_image
+from guardfold.guard.pictures import load_image
+from guardfold.guard.prompts import load_anchors
 from guardfold.guard.trust import trusting
 from guardfold.guard.untrusted import ASCII_FROM_BYTES, MAX_PARTS, parse_object
 from guardfold.guard.vlm import read_config

@@ -16,8 +16,9 @@ from ..guard.guard import Guard
 from ..guard.hooks import attached
 from ..guard.images import IMAGE_KINDS, ImageKind
 from ..guard.interventions import TwoPass
+from ..guard.pictures import MAX_PIXELS_AT_ONCE
 from ..guard.progress import batched
-from ..guard.prompts import MAX_PIXELS_AT_ONCE, Prompt, at_once, check_words, encode, illustrated, pixels
+from ..guard.prompts import Prompt, at_once, check_words, encode, illustrated, pixels
 from ..guard.states import text_states
 from ..guard.vlm import VLM, running
 from .benchmarks import Pictured

@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from ..guard.errors import InputError
-from ..guard.prompts import MAX_ROWS, Prompt, field, inside, limited, lines, open_image, rows, sound_text, text_of
+from ..guard.pictures import inside, open_image
+from ..guard.prompts import Prompt
+from ..guard.tables import MAX_ROWS, field, limited, lines, rows, sound_text, text_of
 from ..guard.untrusted import parse_object, read_bytes, read_given
 
 MAX_JSON_BYTES = 64 * 2**20

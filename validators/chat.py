@@ -11,7 +11,8 @@ from transformers import TextStreamer
 
 from ..export.onnx.layout import precisions
 from ..guard.errors import InputError
-from ..guard.prompts import Prompt, encode, load_image
+from ..guard.pictures import load_image
+from ..guard.prompts import Prompt, encode
 from ..guard.trust import trusting_if_asked
 from ..guard.vlm import VLM, load, resolve, running
 from .runner import Runner, graphs_in

@@ -10,7 +10,9 @@ from importlib.resources import files
 from pathlib import Path
 
 from ..guard.errors import InputError
-from ..guard.prompts import Pictures, Prompt, beside, field, rows
+from ..guard.pictures import Pictures
+from ..guard.prompts import Prompt, beside
+from ..guard.tables import field, rows
 from ..guard.untrusted import parse_object, read_bytes
 from .benchmarks import LOADERS, Benchmark, Pictured, load_benchmark
 
