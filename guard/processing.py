@@ -46,7 +46,7 @@ def encoded(processor: ProcessorMixin, conversations: Sequence[Sequence[dict[str
     """
     taking: Any = processor
     try:
-        return taking.apply_chat_template(
+        batch: BatchFeature = taking.apply_chat_template(
             conversations,
             add_generation_prompt=True,
             tokenize=True,
@@ -57,6 +57,10 @@ def encoded(processor: ProcessorMixin, conversations: Sequence[Sequence[dict[str
         raise
     except Exception as error:  # foreign numbers and words can break a processor in any way
         raise InputError(f"{where}: its processor cannot take a prompt ({first_line(error)})") from error
+    missing = {"input_ids", "attention_mask"} - set(batch)
+    if missing:
+        raise InputError(f"{where}: its processor makes no {min(missing)} of a prompt")
+    return batch
 
 
 def check_processor(processor: ProcessorMixin, where: Path) -> None:

@@ -56,6 +56,7 @@ PROCESSORS: dict[str, tuple[str, dict[str, Any], str]] = {
     "no number": ("processor_config.json", {"image_processor": {"rescale_factor": "x"}}, ""),
     "another word for a picture": ("tokenizer_config.json", {"image_token": "zzz"}, ""),
     "no padding": ("tokenizer_config.json", {"pad_token": None, "eos_token": None, "tokenizer_class": None}, "pad"),
+    "nothing that a model takes": ("tokenizer_config.json", {"model_input_names": ["x"]}, "makes no"),
     "padding of gigabytes": (
         "tokenizer.json",
         {
