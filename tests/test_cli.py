@@ -53,6 +53,7 @@ class Imports:
         if name == "guardfold.cli":
             interrupt()
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background are started deaf to it
 atexit.register(interrupt) if sys.argv.pop(1) == "end" else sys.meta_path.insert(0, Imports())
 from guardfold.__main__ import main
 main()

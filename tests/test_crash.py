@@ -163,8 +163,12 @@ def test_an_interrupt_while_an_output_is_published_waits_until_it_is(
 
     monkeypatch.setattr(stages, "_publish", interrupted)
     (tmp_path / "out" / "guarded" / "first").touch()
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, overwrite=True)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background are started deaf to it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, overwrite=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["guarded"]
     assert not (tmp_path / "out" / "guarded" / "first").exists()
     assert absent_or_whole(tmp_path / "out" / "guarded", tmp_path / "model")
