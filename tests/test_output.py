@@ -405,7 +405,7 @@ def test_a_link_that_cannot_be_had_is_refused_by_name(
     for link in insisting:
         with pytest.raises(InputError, match=rf"--link {link} is not possible here \(.*\); use --link auto"):
             export(shards, guard_file, tmp_path / "out" / "guarded", writing=Writing(link=link))
-        assert list((tmp_path / "out").iterdir()) == []
+        assert not (tmp_path / "out").exists()
     export(shards, guard_file, tmp_path / "out" / "guarded", writing=Writing(link="auto"))
 
 
