@@ -75,6 +75,22 @@ def test_an_error_has_its_status_even_where_it_cannot_be_said(tmp_path: Path, cl
     assert done.returncode == 2
 
 
+STREAMS = """
+import atexit, os, pathlib
+said = pathlib.Path("said")
+atexit.register(lambda: said.write_text(str([os.readlink(f"/proc/self/fd/{each}") for each in range(3)])))
+from guardfold.__main__ import main
+main()
+"""
+
+
+def test_standard_streams_that_are_closed_lead_nowhere(tmp_path: Path) -> None:
+    """So that no file of a run gets the number of one."""
+    command = ["sh", "-c", '"$0" -c "$1" --version <&- >&- 2>&-', sys.executable, STREAMS]
+    subprocess.run(command, cwd=tmp_path, env={**os.environ, **ENVIRONMENT}, check=True)
+    assert (tmp_path / "said").read_text() == str(["/dev/null"] * 3)
+
+
 @pytest.mark.parametrize("name", ["a" * 300, "a\x1b[2Jb", "a\nb"])
 def test_an_odd_name_is_refused_in_one_line_that_a_terminal_can_show(
     guardfold: Command, tmp_path: Path, name: str

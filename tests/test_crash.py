@@ -133,8 +133,9 @@ def test_a_run_killed_while_it_tries_a_processor_leaves_no_lock_and_no_process(
             time.sleep(0.01)
 
 
-def test_an_interrupt_ends_the_process_that_tries_a_processor(tmp_path: Path) -> None:
+def test_an_interrupt_ends_the_process_that_tries_a_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said, processor = tmp_path / "said", Endless(tmp_path / "said")
+    monkeypatch.setattr(processing, "SECONDS", 600.0)
 
     def interrupted() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)

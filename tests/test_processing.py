@@ -11,7 +11,8 @@ from zoo import change_json
 
 from guardfold.guard import processing
 from guardfold.guard.errors import InputError
-from guardfold.guard.vlm import load_processor
+from guardfold.guard.vlm import load_processor, meta_model
+from guardfold.validators.batches import comparison_batches
 
 TEMPLATES = {
     "endless": (
@@ -96,6 +97,16 @@ def test_a_hostile_processor_is_refused_in_time(
         load_processor(model)
     assert "\n" not in str(error.value)
     assert capfd.readouterr().err == ""
+
+
+def test_an_exhausting_template_is_refused_even_where_no_processor_is_needed(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a processor, two models are compared on words drawn from the config; this is not such a case."""
+    (model / "chat_template.jinja").write_text(TEMPLATES["endless"][0])
+    monkeypatch.setattr(processing, "SECONDS", 1.0)
+    with pytest.raises(InputError, match="takes over 1 seconds"):
+        comparison_batches(meta_model(model), model)
 
 
 def test_a_template_without_a_place_for_pictures_is_refused(model: Path) -> None:

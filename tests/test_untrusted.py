@@ -25,7 +25,7 @@ from guardfold.guard.pictures import load_image
 from guardfold.guard.prompts import load_anchors
 from guardfold.guard.trust import trusting
 from guardfold.guard.untrusted import ASCII_FROM_BYTES, MAX_PARTS, parse_object
-from guardfold.guard.vlm import read_config
+from guardfold.guard.vlm import meta_model, read_config
 from guardfold.pipeline import Export, GuardOptions, export_guarded
 from guardfold.validators.chat import answer
 from guardfold.validators.recorded import recall
@@ -176,6 +176,15 @@ def test_absurd_numbers_are_refused_before_a_model_is_made_of_them(
 ) -> None:
     folder = configured(sound(tmp_path), lambda config: config[part].update({key: value}))
     refused(folder, "config.json", f"{key} is {value}, the limit is {limit}")
+
+
+def test_a_model_with_buffers_of_gigabytes_is_refused_before_they_are_made(tmp_path: Path) -> None:
+    """GPT Neo keeps a mask of all its positions squared."""
+    sizes = {"max_position_embeddings": 40_000, "hidden_size": 32, "num_layers": 1, "num_heads": 4}
+    text = {"model_type": "gpt_neo", **sizes, "attention_types": [[["global"], 1]]}
+    folder = configured(sound(tmp_path), lambda config: config.update(text_config=text))
+    with within(60), pytest.raises(InputError, match=r"no model that transformers can build \(.*allocate memory"):
+        meta_model(folder)
 
 
 @pytest.mark.parametrize(("layers", "says"), [(4, "no tensor for"), (200, "no tensor for"), (0, "")])
