@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -198,3 +199,16 @@ def test_chat_at_the_command_line(guardfold: Command, both: Export, place: Path)
     assert (done.status, "tiny: no ONNX graphs; export them with --format onnx" in done.complaint) == (2, True)
     done = guardfold("chat", "tiny", "hello", "--image", "no.png", cwd=place)
     assert (done.status, "'no.png' is not a file" in done.complaint) == (2, True)
+
+
+def test_onnxruntime_is_told_to_report_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[bool] = []
+    monkeypatch.setattr("onnxruntime.disable_telemetry_events", lambda: told.append(True))
+    runner.onnxruntime()
+    assert told
+
+
+def test_what_is_missing_to_run_graphs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(InputError, match=r"needs onnxruntime; pip install"):
+        runner.onnxruntime()

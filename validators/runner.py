@@ -24,11 +24,13 @@ PAST, PRESENT = "past_key_values", "present"
 
 
 def onnxruntime() -> Any:
-    """The package; InputError where it is missing."""
+    """The package, told to report nothing of what it runs; InputError where it is missing."""
     try:
-        return importlib.import_module("onnxruntime")
+        package: Any = importlib.import_module("onnxruntime")
     except ImportError as error:
         raise InputError("running ONNX graphs needs onnxruntime; pip install 'guardfold[cpu]' (or gpu)") from error
+    package.disable_telemetry_events()
+    return package
 
 
 def device_for(provider: str) -> str:
