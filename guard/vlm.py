@@ -90,8 +90,8 @@ MAX_NUMBERS = {
 """End of a key in config.json -> the largest number it may have: far above any model, far below exhausting memory."""
 
 MAX_NUMBER = 2**32
-BUFFER_BYTES = 2**30
-"""Of memory that building a model without its weights may take: its buffers."""
+BUFFER_BYTES = 2**31
+"""Of address space that building a model without its weights may take: its buffers, and libraries that it loads."""
 
 READ_SUFFIXES = (".json", ".jsonl", ".jinja", ".model", ".txt", ".safetensors")
 """Of files that transformers may open in a model folder, and of the prompts that lie there."""
