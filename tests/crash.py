@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from zoo import Tiny, random_basis
 
@@ -39,6 +40,20 @@ def model_and_guard(folder: Path, shards: str) -> tuple[Path, Path]:
 def export(model: Path, guard: Path, output: Path, overwrite: bool = False) -> None:
     """`guardfold export` without measuring behaviour."""
     export_guarded(str(model), output, GuardOptions(guard=str(guard)), skip_behaviour=True, overwrite=overwrite)
+
+
+def run(place: Path, overwrite: bool = False) -> None:
+    """The same, from and to where the tests have them."""
+    export(place / "model", place / "guard.safetensors", place / "out" / "guarded", overwrite)
+
+
+def fails(code: int) -> Callable[..., Any]:
+    """What fails as the system does, with `code` of errno."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    return fail
 
 
 def forked(work: Callable[[], object]) -> int:
