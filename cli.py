@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from . import __version__
-from .guard.errors import InputError, Refused
-from .guard.untrusted import printable
+from .guard.base.errors import InputError, Refused
+from .guard.base.untrusted import printable
 from .options import (
     MODEL_HELP,
     QA,
@@ -55,9 +55,9 @@ from .options import (
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from .export.formats import Formats
+    from .export.formats.formats import Formats
     from .pipeline import GuardOptions
-    from .validators.check import Evidence
+    from .validators.evidence.evidence import Evidence
 
 app = typer.Typer(
     name="guardfold",
@@ -142,9 +142,9 @@ def export(
     Extracts the safety steering directions, folds the guard into the weights, proves the result equal to the hooks,
     measures refusals and answers with and without images, and prints original against guarded.
     """
-    from .export.hub import Target
-    from .export.rewrite import LINKS, Writing
-    from .export.rounding import ROUNDINGS
+    from .export.checkpoint.rewrite import LINKS, Writing
+    from .export.checkpoint.rounding import ROUNDINGS
+    from .export.publish.hub import Target
     from .pipeline import export_guarded
 
     _begin(model)
@@ -208,7 +208,7 @@ def extract(
     Prints, per layer, how strongly the direction stands out and how well it separates harmful from harmless prompts.
     """
     from .pipeline import extract_to
-    from .validators.report import directions_table
+    from .validators.report.terminal import directions_table
 
     _begin(model)
     made = extract_to(
@@ -312,8 +312,8 @@ def _check_served(
     report: Path | None,
 ) -> None:
     from .pipeline import check_served
-    from .validators.endpoint import Endpoint
-    from .validators.report import render_served
+    from .validators.report.terminal import render_served
+    from .validators.runtimes.endpoint import Endpoint
 
     if model is None or (baseline_url and not baseline_model):
         raise InputError("--endpoint needs --model, --baseline-endpoint --baseline-model: what the server calls it")
@@ -346,7 +346,7 @@ def chat(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Ask a folder's model one question, in torch or onnxruntime, and see the answer as it is made."""
-    from .validators.chat import answer
+    from .validators.runtimes.chat import answer
 
     _begin(model)
 
@@ -383,7 +383,7 @@ def inspect(
 ) -> None:
     """Say what a model is and which of its tensors write to the residual stream, from config and headers alone."""
     from .pipeline import inspect_model, trace_family
-    from .validators.report import family_table
+    from .validators.report.terminal import family_table
 
     _begin(model)
     if trace:
@@ -408,8 +408,8 @@ def push(
     The token is the one that `hf auth login` or HF_TOKEN gives. Exit status 3 if the verdict is not "safer", or if the
     files are not those that were measured.
     """
-    from .export.hub import Target
-    from .export.hub import push as send
+    from .export.publish.hub import Target
+    from .export.publish.hub import push as send
 
     _begin(repo)
     typer.echo(f"pushed to {send(folder, Target(repo, private, create_pr, revision), allow_weaker=allow_weaker)}")
@@ -423,7 +423,7 @@ def verify(
 
     Exit status 3, with a line for each file that differs, is missing or was added, if they are not.
     """
-    from .export.verify import verify as compare
+    from .export.publish.verify import verify as compare
 
     _begin(name)
     found = compare(name)
@@ -436,7 +436,7 @@ def verify(
 
 def _options(**given: Any) -> GuardOptions:
     from .export.fold import PLACEMENTS
-    from .guard.presets import SCOPES
+    from .guard.presets.presets import SCOPES
     from .pipeline import GuardOptions
 
     _check_choices(("scope", given["scope"], SCOPES), ("placement", given["placement"], PLACEMENTS))
@@ -444,8 +444,8 @@ def _options(**given: Any) -> GuardOptions:
 
 
 def _formats(names: str, dtype: str, weights: str, provider: str, skip_runtime: bool) -> Formats:
-    from .export.formats import Formats
-    from .export.onnx.layout import WEIGHTS
+    from .export.formats.formats import Formats
+    from .export.formats.onnx.layout import WEIGHTS
 
     _check_choices(("onnx-weights", weights, WEIGHTS))
     return Formats(names, dtype, cast(Any, weights), provider, skip_runtime)
@@ -459,7 +459,7 @@ def _check_choices(*choices: tuple[str, str, Sequence[str]]) -> None:
 
 
 def _show(evidence: Evidence) -> None:
-    from .validators.report import render
+    from .validators.report.terminal import render
 
     _print(render(evidence))
 
@@ -476,7 +476,7 @@ def _begin(model: str) -> None:
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
-    from .guard.vlm import ALIASES
+    from .guard.model.vlm import ALIASES
 
     logging.set_verbosity_error()
     hub_logging.set_verbosity_error()

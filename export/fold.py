@@ -9,11 +9,20 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..guard.errors import InputError
+from ..guard.base.errors import InputError
 from ..guard.guard import Guard, Intervention
-from ..guard.interventions import NEURONS, Gate, LinearGate, SharedProjection, SublayerProjection, TwoPass
-from .edits import AddLowRank, Edit, ProjectColumns, Projecting, ProjectRows, ProjectSlices, SetColumns, SetRows
-from .writers import Family, PostNorm, Writer
+from ..guard.interventions.kinds import NEURONS, Gate, LinearGate, SharedProjection, SublayerProjection, TwoPass
+from .checkpoint.edits import (
+    AddLowRank,
+    Edit,
+    ProjectColumns,
+    Projecting,
+    ProjectRows,
+    ProjectSlices,
+    SetColumns,
+    SetRows,
+)
+from .families.table import Family, PostNorm, Writer
 
 Placement = Literal["recycle", "widen"]
 PLACEMENTS: tuple[Placement, ...] = get_args(Placement)

@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from .errors import InputError
-from .interventions import Gate, LinearGate, ResidualProjection, SharedProjection, SublayerProjection, TwoPass
-from .untrusted import parse_object, read_bytes
+from .base.errors import InputError
+from .base.untrusted import parse_object, read_bytes
+from .interventions.kinds import Gate, LinearGate, ResidualProjection, SharedProjection, SublayerProjection, TwoPass
 
 FORMAT = "guardfold-guard/1"
 REFERENCE = "reference"

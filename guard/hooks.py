@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from .errors import InputError
+from .base.errors import InputError
 from .guard import Guard
-from .interventions import Gate, LinearGate, ResidualProjection, SharedProjection, SublayerProjection, TwoPass
-from .parts import decoder_layers, mlp_parts, output_tensor, residual_readers, sublayers, with_output_tensor
+from .interventions.kinds import Gate, LinearGate, ResidualProjection, SharedProjection, SublayerProjection, TwoPass
+from .model.roles import decoder_layers, mlp_parts, output_tensor, residual_readers, sublayers, with_output_tensor
 
 TextStates = Mapping[int, Tensor]
 """layer -> h_l(q), [batch, d]: the last prompt token's states in a text-only pass (states.text_states)."""

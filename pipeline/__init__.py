@@ -3,7 +3,7 @@
 One module a verb; what two of them need lies in sources.py, artefacts.py and results.py.
 """
 
-from ..validators.making import GuardOptions
+from ..validators.behaviour.making import GuardOptions
 from .checking import Served, check_guarded, check_served
 from .exporting import export_guarded
 from .extracting import extract_guard, extract_to

@@ -8,18 +8,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from ..export.adapter import BIASED, Adapter, adaptable, adapters, without
-from ..export.adapter_card import notes
-from ..export.card import AdapterNotes, Source
-from ..export.checkpoint import Checkpoint
+from ..export.checkpoint.headers import Checkpoint
+from ..export.families.table import Family
 from ..export.fold import Fold, fold
-from ..export.formats import Formats
-from ..export.onnx.graphs import Plan, write_graphs
-from ..export.writers import Family
-from ..guard.errors import InputError
+from ..export.formats.formats import Formats
+from ..export.formats.lora import BIASED, Adapter, adaptable, adapters, without
+from ..export.formats.lora_card import notes
+from ..export.formats.onnx.graphs import Plan, write_graphs
+from ..export.publish.card import AdapterNotes, Source
+from ..guard.base.errors import InputError
 from ..guard.guard import Guard
-from ..validators.making import GATED, GuardOptions
-from ..validators.runtime import Runtime, check_graphs
+from ..validators.behaviour.making import GATED, GuardOptions
+from ..validators.evidence.runtime import Runtime, check_graphs
 
 
 def vouched(runtime: Runtime | None) -> bool:

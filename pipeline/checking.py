@@ -8,24 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..export.adapter import CONFIG_FILE, adapters, without
-from ..export.card import GUARD_FILE, written_rounding
-from ..export.checkpoint import Checkpoint
+from ..export.checkpoint.headers import Checkpoint
+from ..export.families.table import family_of
 from ..export.fold import fold
-from ..export.writers import family_of
-from ..guard.errors import InputError
+from ..export.formats.lora import CONFIG_FILE, adapters, without
+from ..export.publish.card import GUARD_FILE, written_rounding
+from ..guard.base.errors import InputError
+from ..guard.base.remote_code import trusting_if_asked
+from ..guard.base.untrusted import is_folder
 from ..guard.guard import Guard
-from ..guard.trust import trusting_if_asked
-from ..guard.untrusted import is_folder
-from ..guard.vlm import resolve, threads_for
-from ..validators.adapted import Adapted
-from ..validators.behaviour import Behaviour, observe
-from ..validators.check import NOT_MEASURED, Evidence, examine
-from ..validators.endpoint import Endpoint
-from ..validators.judge import ModelJudge, PhraseJudge
-from ..validators.probes import Asked, load_probes
-from ..validators.recorded import recall
-from ..validators.verdict import Verdict, judge_guard
+from ..guard.model.vlm import resolve, threads_for
+from ..validators.behaviour.evaluation_prompts import Asked, load_probes
+from ..validators.behaviour.judge import ModelJudge, PhraseJudge
+from ..validators.behaviour.measure import Behaviour, observe
+from ..validators.behaviour.recorded import recall
+from ..validators.behaviour.verdict import Verdict, judge_guard
+from ..validators.evidence.evidence import NOT_MEASURED, Evidence, examine
+from ..validators.runtimes.adapted import Adapted
+from ..validators.runtimes.endpoint import Endpoint
 from .sources import based_on
 
 

@@ -8,17 +8,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..export.card import GUARD_FILE, AdapterNotes, Source, write_card, write_manifest
-from ..export.rounding import Rounding
+from ..export.checkpoint.rounding import Rounding
+from ..export.publish.card import GUARD_FILE, AdapterNotes, Source, write_card, write_manifest
+from ..guard.base.remote_code import code_of
+from ..guard.base.untrusted import printable
 from ..guard.guard import Guard
-from ..guard.images import IMAGE_KINDS
-from ..guard.trust import code_of
-from ..guard.untrusted import printable
-from ..validators.check import Evidence
-from ..validators.making import PRESETS, GuardOptions
-from ..validators.measures import markdown, shown
-from ..validators.page import render_page
-from ..validators.plots import compliance_picture
+from ..guard.prompts.image_kinds import IMAGE_KINDS
+from ..validators.behaviour.making import PRESETS, GuardOptions
+from ..validators.behaviour.measures import markdown, shown
+from ..validators.evidence.evidence import Evidence
+from ..validators.report.page import render_page
+from ..validators.report.plots import compliance_picture
 
 PICTURE = GUARD_FILE.with_name("compliance.png")
 """Of the card: what was complied with, by image kind."""

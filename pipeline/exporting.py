@@ -7,28 +7,28 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from ..export.card import GUARD_FILE, MANIFEST, extend_card, extend_manifest
-from ..export.checkpoint import Checkpoint
-from ..export.companions import copy_companions
+from ..export.checkpoint.companions import copy_companions
+from ..export.checkpoint.headers import Checkpoint
+from ..export.checkpoint.rewrite import Writing, rewrite
+from ..export.checkpoint.staging import check_room, staging
+from ..export.families.table import family_of
 from ..export.fold import Fold, fold
-from ..export.formats import Formats
-from ..export.hub import Target, push
-from ..export.rewrite import Writing, rewrite
-from ..export.staging import check_room, staging
-from ..export.verify import differences, load_manifest
-from ..export.writers import family_of
-from ..guard.errors import InputError, Refused
+from ..export.formats.formats import Formats
+from ..export.publish.card import GUARD_FILE, MANIFEST, extend_card, extend_manifest
+from ..export.publish.hub import Target, push
+from ..export.publish.verify import differences, load_manifest
+from ..guard.base.errors import InputError, Refused
+from ..guard.base.remote_code import trusting_if_asked
+from ..guard.base.untrusted import check_name
 from ..guard.guard import Guard
-from ..guard.trust import trusting_if_asked
-from ..guard.untrusted import check_name
-from ..guard.vlm import resolve, threads_for
-from ..validators.adapted import Adapted
-from ..validators.check import Evidence, examine, examine_hooked, with_graphs
-from ..validators.integrity import Integrity
-from ..validators.judge import ModelJudge
-from ..validators.making import GuardOptions, guard_of
-from ..validators.probes import Asked, load_probes
-from ..validators.verdict import Verdict
+from ..guard.model.vlm import resolve, threads_for
+from ..validators.behaviour.evaluation_prompts import Asked, load_probes
+from ..validators.behaviour.judge import ModelJudge
+from ..validators.behaviour.making import GuardOptions, guard_of
+from ..validators.behaviour.verdict import Verdict
+from ..validators.evidence.evidence import Evidence, examine, examine_hooked, with_graphs
+from ..validators.evidence.integrity import Integrity
+from ..validators.runtimes.adapted import Adapted
 from .artefacts import check_adapters, graphs, vouched, weights_place, write_adapters
 from .describing import PICTURE, describe
 from .results import Export, NotSafer, refuse_unsound

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ..guard.errors import InputError
+from ..guard.base.errors import InputError
+from ..guard.base.remote_code import trusting_if_asked
+from ..guard.base.untrusted import is_file, is_folder
 from ..guard.guard import Guard
-from ..guard.trust import trusting_if_asked
-from ..guard.untrusted import is_file, is_folder
-from ..guard.vlm import resolve
-from ..validators.making import PRESETS, GuardOptions, guard_of
+from ..guard.model.vlm import resolve
+from ..validators.behaviour.making import PRESETS, GuardOptions, guard_of
 from .sources import based_on
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..export.checkpoint import Checkpoint
-from ..export.traced_rows import as_toml, family_rows
-from ..export.tracer import hollow
-from ..export.writers import Family, family_of
-from ..guard.errors import InputError
-from ..guard.progress import bar
-from ..guard.trust import trusting_if_asked
-from ..guard.vlm import meta_model
-from ..validators.batches import comparison_batches
+from ..export.checkpoint.headers import Checkpoint
+from ..export.families.table import Family, family_of
+from ..export.families.traced_rows import as_toml, family_rows
+from ..export.families.tracer import hollow
+from ..guard.base.errors import InputError
+from ..guard.base.progress import bar
+from ..guard.base.remote_code import trusting_if_asked
+from ..guard.model.vlm import meta_model
+from ..validators.evidence.batches import comparison_batches
 from .sources import headers_of
 
 

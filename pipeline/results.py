@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..guard.errors import Refused
+from ..guard.base.errors import Refused
 from ..guard.guard import Guard
-from ..validators.check import Evidence
+from ..validators.evidence.evidence import Evidence
 
 
 @dataclass(frozen=True)

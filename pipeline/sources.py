@@ -10,17 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from ..export.card import Source
-from ..export.checkpoint import Checkpoint
-from ..export.companions import copy_companions
-from ..export.merge import describe_adapter, merging
-from ..export.remote import hollow_copy
-from ..export.rewrite import Advance, rewrite
-from ..export.staging import check_room
-from ..export.writers import family_of
-from ..guard.progress import bar
-from ..guard.untrusted import check_name
-from ..guard.vlm import located, resolve
+from ..export.checkpoint.companions import copy_companions
+from ..export.checkpoint.headers import Checkpoint
+from ..export.checkpoint.merge import describe_adapter, merging
+from ..export.checkpoint.remote import hollow_copy
+from ..export.checkpoint.rewrite import Advance, rewrite
+from ..export.checkpoint.staging import check_room
+from ..export.families.table import family_of
+from ..export.publish.card import Source
+from ..guard.base.progress import bar
+from ..guard.base.untrusted import check_name
+from ..guard.model.vlm import located, resolve
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from specimens import Knobs, Specimen, build
 from specimens.beyond import BEYOND
 from specimens.known import KNOWN
 
-from guardfold.export.checkpoint import Checkpoint
-from guardfold.guard.vlm import auto_class
+from guardfold.export.checkpoint.headers import Checkpoint
+from guardfold.guard.model.vlm import auto_class
 
 SPECIMENS: dict[str, Specimen] = {specimen.name: specimen for specimen in (*KNOWN, *BEYOND)}
 STYLES = {"hub": Knobs(), "memory": Knobs(width=48, kv_heads=4, tied=True, bias=False)}

@@ -22,7 +22,7 @@ from hub_server import HubServer
 from transformers.utils import logging
 from zoo import Tiny
 
-from guardfold.guard.vlm import VLM, load
+from guardfold.guard.model.vlm import VLM, load
 
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 torch.set_num_threads(1)

@@ -20,9 +20,9 @@ from typing import Any
 
 from zoo import Tiny, random_basis
 
-from guardfold.guard.errors import InputError
+from guardfold.guard.base.errors import InputError
 from guardfold.guard.guard import Guard
-from guardfold.guard.interventions import SublayerProjection
+from guardfold.guard.interventions.kinds import SublayerProjection
 from guardfold.pipeline import GuardOptions, check_guarded, export_guarded
 
 FORMATS = {"one file": "5GB", "shards": "20KB"}

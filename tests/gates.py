@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from zoo import random_basis
 
+from guardfold.guard.fitting.transcripts import Place, Readings
 from guardfold.guard.guard import Guard
-from guardfold.guard.interventions import Gate, SublayerProjection, TwoPass
-from guardfold.guard.transcripts import Place, Readings
-from guardfold.guard.vlm import VLM, load
+from guardfold.guard.interventions.kinds import Gate, SublayerProjection, TwoPass
+from guardfold.guard.model.vlm import VLM, load
 
 T0, T1 = -0.3, 0.6
 """Thresholds that the scores of a tiny random model, about normal, lie below, between and above."""

@@ -26,9 +26,9 @@ from safetensors.torch import load_file, save_file
 from serving import running
 
 from guardfold.pipeline import Served, check_served
+from guardfold.validators.behaviour.evaluation_prompts import Asked
 from guardfold.validators.demo import DEMO
-from guardfold.validators.endpoint import Endpoint
-from guardfold.validators.probes import Asked
+from guardfold.validators.runtimes.endpoint import Endpoint
 
 RELEASE = "llama_cpp_python-0.3.36"
 REQUIREMENT = "llama-cpp-python==0.3.36"

@@ -9,9 +9,9 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from zoo import random_basis
 
-from guardfold.export.card import GUARD_FILE, Source, write_card, write_manifest
+from guardfold.export.publish.card import GUARD_FILE, Source, write_card, write_manifest
 from guardfold.guard.guard import Guard
-from guardfold.guard.interventions import SublayerProjection
+from guardfold.guard.interventions.kinds import SublayerProjection
 
 
 def publish(model: Path, folder: Path, ruling: str = "safer", shards: int = 1, source: str = "demo") -> Path:

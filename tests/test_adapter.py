@@ -21,16 +21,16 @@ from specimens import Inputs
 from torch import Tensor
 from zoo import random_basis
 
-from guardfold.export.adapter import BIASED, Adapter, adaptable, adapters, low_rank, without
-from guardfold.export.checkpoint import Checkpoint
-from guardfold.export.edits import ProjectColumns, ProjectRows, ProjectSlices
+from guardfold.export.checkpoint.edits import ProjectColumns, ProjectRows, ProjectSlices
+from guardfold.export.checkpoint.headers import Checkpoint
+from guardfold.export.checkpoint.rewrite import rewrite
+from guardfold.export.families.table import Family, family_of
 from guardfold.export.fold import Fold, fold
-from guardfold.export.rewrite import rewrite
-from guardfold.export.writers import Family, family_of
+from guardfold.export.formats.lora import BIASED, Adapter, adaptable, adapters, low_rank, without
 from guardfold.guard.guard import Guard
 from guardfold.guard.hooks import attached
-from guardfold.guard.interventions import SharedProjection, SublayerProjection, TwoPass
-from guardfold.validators.adapted import Adapted, inspect_adapters
+from guardfold.guard.interventions.kinds import SharedProjection, SublayerProjection, TwoPass
+from guardfold.validators.runtimes.adapted import Adapted, inspect_adapters
 
 TOLERANCE = 1e-5
 

@@ -18,8 +18,8 @@ from zoo import Tiny, random_basis, tensors
 
 from guardfold.guard.guard import Guard
 from guardfold.guard.hooks import attached
-from guardfold.guard.interventions import SharedProjection, SublayerProjection
-from guardfold.guard.vlm import load
+from guardfold.guard.interventions.kinds import SharedProjection, SublayerProjection
+from guardfold.guard.model.vlm import load
 from guardfold.validators.demo import DEMO
 
 SUBLAYERS = SublayerProjection({1: random_basis(2, 32), 2: random_basis(1, 32, 1)}, 0.7)

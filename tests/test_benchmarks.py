@@ -11,18 +11,18 @@ import pytest
 from PIL import Image
 from test_checkpoint import within
 
-from guardfold.guard import tables
-from guardfold.guard.errors import InputError
-from guardfold.guard.images import IMAGE_KINDS, ImageKind
-from guardfold.guard.prompts import Prompt
-from guardfold.guard.tables import MAX_TEXT
-from guardfold.guard.untrusted import MAX_PARTS
-from guardfold.validators import benchmarks
-from guardfold.validators.behaviour import Behaviour, observe
-from guardfold.validators.benchmarks import FIGSTEP_TEXT, LOADERS, Pictured, load_benchmark
-from guardfold.validators.judge import PhraseJudge, mentions
-from guardfold.validators.probes import BUILT_IN, Probes, load_probes
-from guardfold.validators.verdict import judge_guard
+from guardfold.guard.base.errors import InputError
+from guardfold.guard.base.untrusted import MAX_PARTS
+from guardfold.guard.prompts import prompt_files as tables
+from guardfold.guard.prompts.image_kinds import IMAGE_KINDS, ImageKind
+from guardfold.guard.prompts.prompt_files import MAX_TEXT
+from guardfold.guard.prompts.prompts import Prompt
+from guardfold.validators.behaviour import benchmarks
+from guardfold.validators.behaviour.benchmarks import FIGSTEP_TEXT, LOADERS, Pictured, load_benchmark
+from guardfold.validators.behaviour.evaluation_prompts import BUILT_IN, Probes, load_probes
+from guardfold.validators.behaviour.judge import PhraseJudge, mentions
+from guardfold.validators.behaviour.measure import Behaviour, observe
+from guardfold.validators.behaviour.verdict import judge_guard
 
 
 def picture(path: Path, colour: str = "red") -> Path:

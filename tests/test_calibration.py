@@ -14,8 +14,9 @@ from PIL import Image
 from transformers import BatchFeature
 from zoo import WORDS
 
-from guardfold.guard import transcripts as transcripts_module
-from guardfold.guard.calibration import (
+from guardfold.guard.base.errors import InputError
+from guardfold.guard.fitting import transcripts as transcripts_module
+from guardfold.guard.fitting.calibration import (
     ANCHOR_KINDS,
     BUILT_IN_BENIGN,
     MIN_ANCHORS,
@@ -26,13 +27,21 @@ from guardfold.guard.calibration import (
     examples,
     load_benign,
 )
-from guardfold.guard.errors import InputError
-from guardfold.guard.images import ImageKind
-from guardfold.guard.parts import mlp_parts
-from guardfold.guard.prompts import Anchors, Prompt, encode, load_anchors
-from guardfold.guard.transcripts import Page, Place, Transcripts, Usage, answer, answer_logits, last_readings, pages
-from guardfold.guard.transcripts import read as read_transcripts
-from guardfold.guard.vlm import VLM, image_token_of
+from guardfold.guard.fitting.transcripts import (
+    Page,
+    Place,
+    Transcripts,
+    Usage,
+    answer,
+    answer_logits,
+    last_readings,
+    pages,
+)
+from guardfold.guard.fitting.transcripts import read as read_transcripts
+from guardfold.guard.model.roles import mlp_parts
+from guardfold.guard.model.vlm import VLM, image_token_of
+from guardfold.guard.prompts.image_kinds import ImageKind
+from guardfold.guard.prompts.prompts import Anchors, Prompt, encode, load_anchors
 
 IMAGE_TOKENS = 9
 PICTURE = Image.new("RGB", (24, 24), "red")

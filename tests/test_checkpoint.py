@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from zoo import Tiny, tensors
 
-from guardfold.export.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
-from guardfold.guard.errors import InputError
+from guardfold.export.checkpoint.headers import INDEX_FILE, SINGLE_FILE, Checkpoint
+from guardfold.guard.base.errors import InputError
 
 CONFIG = json.dumps(Tiny().config().to_dict())
 Entries = dict[str, Any]

@@ -30,12 +30,12 @@ from test_checkpoint import within
 from zoo import tensors
 
 from guardfold import cli
-from guardfold.export import rewrite as rewriter
-from guardfold.export import staging as stages
-from guardfold.export.adapter import Adapter
-from guardfold.export.staging import staging
-from guardfold.guard import processing
-from guardfold.guard.errors import InputError
+from guardfold.export.checkpoint import rewrite as rewriter
+from guardfold.export.checkpoint import staging as stages
+from guardfold.export.checkpoint.staging import staging
+from guardfold.export.formats.lora import Adapter
+from guardfold.guard.base.errors import InputError
+from guardfold.guard.model import processor as processing
 
 
 @pytest.fixture(params=FORMATS)

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from guardfold.guard.detector import (
+from guardfold.guard.base.errors import InputError
+from guardfold.guard.fitting.linear_probe import (
     Detector,
     firing,
     fit_direction,
@@ -21,8 +22,7 @@ from guardfold.guard.detector import (
     split,
     thresholds,
 )
-from guardfold.guard.errors import InputError
-from guardfold.guard.transcripts import Place
+from guardfold.guard.fitting.transcripts import Place
 
 WIDTH = 24
 PLANTED = unit_vector(WIDTH, 1)

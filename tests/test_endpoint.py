@@ -13,16 +13,16 @@ import pytest
 from chat_server import ChatServer, Trouble
 from PIL import Image, ImageChops
 
-from guardfold.guard.errors import InputError
-from guardfold.guard.images import IMAGE_KINDS, draw
-from guardfold.guard.prompts import Prompt
+from guardfold.guard.base.errors import InputError
+from guardfold.guard.prompts.image_kinds import IMAGE_KINDS, draw
+from guardfold.guard.prompts.prompts import Prompt
 from guardfold.pipeline import Served, check_served
-from guardfold.validators.behaviour import MAX_NEW_TOKENS, observe
-from guardfold.validators.endpoint import ATTEMPTS, SHOWN, Endpoint
-from guardfold.validators.judge import PhraseJudge
-from guardfold.validators.probes import load_probes
-from guardfold.validators.recorded import asked, record
-from guardfold.validators.verdict import judge_guard
+from guardfold.validators.behaviour.evaluation_prompts import load_probes
+from guardfold.validators.behaviour.judge import PhraseJudge
+from guardfold.validators.behaviour.measure import MAX_NEW_TOKENS, observe
+from guardfold.validators.behaviour.recorded import asked, record
+from guardfold.validators.behaviour.verdict import judge_guard
+from guardfold.validators.runtimes.endpoint import ATTEMPTS, SHOWN, Endpoint
 
 HARMFUL, BENIGN = 120, 330
 KEY = "sk-secretSECRETsecret"

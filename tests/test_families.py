@@ -19,19 +19,19 @@ from specimens.exact import exact
 from specimens.known import KNOWN
 from torch import Tensor
 
-from guardfold.export.checkpoint import Checkpoint
+from guardfold.export.checkpoint.headers import Checkpoint
+from guardfold.export.checkpoint.layout import Layout
+from guardfold.export.checkpoint.rewrite import rewrite
+from guardfold.export.families.table import Family, Table, family_of
+from guardfold.export.families.traced_rows import as_toml, family_rows
+from guardfold.export.families.tracer import trace
 from guardfold.export.fold import Fold, fold
-from guardfold.export.names import Layout
-from guardfold.export.rewrite import rewrite
-from guardfold.export.traced_rows import as_toml, family_rows
-from guardfold.export.tracer import trace
-from guardfold.export.writers import Family, Table, family_of
-from guardfold.guard.errors import InputError
+from guardfold.guard.base.errors import InputError
 from guardfold.guard.guard import Guard, Intervention
 from guardfold.guard.hooks import attached
-from guardfold.guard.interventions import SharedProjection, SublayerProjection
-from guardfold.guard.vlm import auto_class, meta_model
-from guardfold.validators.leaks import leak_probe
+from guardfold.guard.interventions.kinds import SharedProjection, SublayerProjection
+from guardfold.guard.model.vlm import auto_class, meta_model
+from guardfold.validators.evidence.leaks import leak_probe
 
 SPECIMENS = {specimen.name: specimen for specimen in (*KNOWN, *BEYOND)}
 NO_ROW = {"glm5_next", "muse_spark", "qwen4_exp", "qwen4_exp+no_ngrams", "inkling2", "diffusion_gemma"}

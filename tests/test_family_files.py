@@ -16,12 +16,12 @@ from specimens.llava_kind import CLIP, FEATURES, llava, square
 from test_checkpoint import within
 from zoo import random_basis
 
-from guardfold.export.checkpoint import Checkpoint
-from guardfold.export.writers import MAX_FAMILY_BYTES, Table, family_of
-from guardfold.guard.errors import InputError, Refused
+from guardfold.export.checkpoint.headers import Checkpoint
+from guardfold.export.families.table import MAX_FAMILY_BYTES, Table, family_of
+from guardfold.guard.base.errors import InputError, Refused
 from guardfold.guard.guard import Guard
-from guardfold.guard.interventions import SharedProjection
-from guardfold.guard.vlm import ALIASES, located
+from guardfold.guard.interventions.kinds import SharedProjection
+from guardfold.guard.model.vlm import ALIASES, located
 from guardfold.pipeline import GuardOptions, check_guarded, export_guarded, trace_family
 
 UNKNOWN = Specimen("llava+falcon", partial(llava, "llava", "falcon", CLIP, FEATURES), square)

@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 from zoo import random_basis
 
-from guardfold.export.checkpoint import Checkpoint
-from guardfold.export.edits import Edit, Folded, ProjectColumns, ProjectRows
+from guardfold.export.checkpoint.edits import Edit, Folded, ProjectColumns, ProjectRows
+from guardfold.export.checkpoint.headers import Checkpoint
+from guardfold.export.families.table import family_of
 from guardfold.export.fold import fold
-from guardfold.export.writers import family_of
-from guardfold.guard.errors import InputError
+from guardfold.guard.base.errors import InputError
 from guardfold.guard.guard import Guard
 from guardfold.guard.hooks import project_out as hook
-from guardfold.guard.interventions import SharedProjection, SublayerProjection, TwoPass
-from guardfold.guard.vlm import VLM
+from guardfold.guard.interventions.kinds import SharedProjection, SublayerProjection, TwoPass
+from guardfold.guard.model.vlm import VLM
 
 WIDTH = 12
 seeds, ranks, strengths = st.integers(0, 2**32), st.integers(1, 4), st.floats(0.01, 1)

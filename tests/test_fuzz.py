@@ -22,8 +22,8 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from test_checkpoint import GOOD, container, entries, entry, folder_with, json_values
 
-from guardfold.export.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
-from guardfold.guard.errors import InputError
+from guardfold.export.checkpoint.headers import INDEX_FILE, SINGLE_FILE, Checkpoint
+from guardfold.guard.base.errors import InputError
 
 ROUND = 300
 """Examples between two looks at the clock."""

@@ -18,8 +18,8 @@ from transformers import AutoModelForImageTextToText
 from zoo import FAMILIES, Tiny, name_of, random_basis, tensors
 
 from guardfold.export.fold import WIDEN_BY
-from guardfold.guard.errors import InputError
-from guardfold.guard.interventions import Gate, SublayerProjection
+from guardfold.guard.base.errors import InputError
+from guardfold.guard.interventions.kinds import Gate, SublayerProjection
 from guardfold.pipeline import Export, GuardOptions, export_guarded
 
 CLOSE = 1e-5

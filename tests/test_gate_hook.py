@@ -23,12 +23,12 @@ from transformers import AutoModelForCausalLM, OPTConfig, PhiConfig
 from zoo import random_basis
 
 from guardfold.export.fold import GateNeurons
-from guardfold.guard.errors import InputError
+from guardfold.guard.base.errors import InputError
 from guardfold.guard.guard import Guard
 from guardfold.guard.hooks import attached, ramp
-from guardfold.guard.interventions import Gate, SharedProjection, SublayerProjection, TwoPass
-from guardfold.guard.parts import mlp_parts
-from guardfold.guard.vlm import VLM
+from guardfold.guard.interventions.kinds import Gate, SharedProjection, SublayerProjection, TwoPass
+from guardfold.guard.model.roles import mlp_parts
+from guardfold.guard.model.vlm import VLM
 
 CLOSE = 1e-5
 WIDTH = 16

@@ -17,10 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from zoo import random_basis
 
-from guardfold.guard import guard, untrusted
-from guardfold.guard.errors import InputError
+from guardfold.guard import guard
+from guardfold.guard.base import untrusted
+from guardfold.guard.base.errors import InputError
 from guardfold.guard.guard import Guard
-from guardfold.guard.interventions import Gate, SharedProjection, SublayerProjection, TwoPass
+from guardfold.guard.interventions.kinds import Gate, SharedProjection, SublayerProjection, TwoPass
 
 WIDTH = 16
 GUARD = Guard(

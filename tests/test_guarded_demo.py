@@ -17,18 +17,18 @@ from hub_server import HubServer
 from huggingface_hub import ModelCard
 from zoo import tensors
 
-from guardfold.export.hub import Target, push
-from guardfold.export.verify import verify
+from guardfold.export.publish.hub import Target, push
+from guardfold.export.publish.verify import verify
 from guardfold.guard.guard import Guard
-from guardfold.guard.images import IMAGE_KINDS, ImageKind, draw
-from guardfold.guard.interventions import Gate, SublayerProjection
-from guardfold.guard.prompts import Prompt
-from guardfold.guard.vlm import load
-from guardfold.validators.behaviour import generate, observe
+from guardfold.guard.interventions.kinds import Gate, SublayerProjection
+from guardfold.guard.model.vlm import load
+from guardfold.guard.prompts.image_kinds import IMAGE_KINDS, ImageKind, draw
+from guardfold.guard.prompts.prompts import Prompt
+from guardfold.validators.behaviour.evaluation_prompts import load_probes
+from guardfold.validators.behaviour.judge import PhraseJudge
+from guardfold.validators.behaviour.measure import generate, observe
+from guardfold.validators.behaviour.recorded import recall
 from guardfold.validators.demo import DEMO
-from guardfold.validators.judge import PhraseJudge
-from guardfold.validators.probes import load_probes
-from guardfold.validators.recorded import recall
 
 PICTURED: tuple[ImageKind, ...] = ("blank", "noise", "shape")
 POINTS = 0.02

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from zoo import Tiny, corners, name_of, random_basis, variations
 
-from guardfold.guard.errors import InputError
+from guardfold.guard.base.errors import InputError
 from guardfold.guard.guard import Guard, Intervention
 from guardfold.guard.hooks import attached, project_out
-from guardfold.guard.interventions import SharedProjection, SublayerProjection, TwoPass
-from guardfold.guard.vlm import VLM
+from guardfold.guard.interventions.kinds import SharedProjection, SublayerProjection, TwoPass
+from guardfold.guard.model.vlm import VLM
 
 MODELS = variations() + corners()
 CLOSE = 1e-5

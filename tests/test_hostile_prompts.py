@@ -16,17 +16,20 @@ import pytest
 from PIL import Image
 from test_checkpoint import within
 
-from guardfold.guard import pictures, prompts, states, tables, transcripts
-from guardfold.guard.calibration import load_benign
-from guardfold.guard.errors import InputError
-from guardfold.guard.pictures import load_image
-from guardfold.guard.prompts import Prompt, beside, encode, illustrated, load_anchors
-from guardfold.guard.tables import rows
-from guardfold.guard.vlm import VLM, read_config
-from guardfold.validators import behaviour
-from guardfold.validators.benchmarks import Pictured
-from guardfold.validators.judge import PhraseJudge
-from guardfold.validators.probes import Probes, load_probes
+from guardfold.guard.base.errors import InputError
+from guardfold.guard.fitting import states, transcripts
+from guardfold.guard.fitting.calibration import load_benign
+from guardfold.guard.model.vlm import VLM, read_config
+from guardfold.guard.prompts import image_files as pictures
+from guardfold.guard.prompts import prompt_files as tables
+from guardfold.guard.prompts import prompts
+from guardfold.guard.prompts.image_files import load_image
+from guardfold.guard.prompts.prompt_files import rows
+from guardfold.guard.prompts.prompts import Prompt, beside, encode, illustrated, load_anchors
+from guardfold.validators.behaviour import measure as behaviour
+from guardfold.validators.behaviour.benchmarks import Pictured
+from guardfold.validators.behaviour.evaluation_prompts import Probes, load_probes
+from guardfold.validators.behaviour.judge import PhraseJudge
 
 PROMPT_FILES = ["anchors.jsonl", "benign.jsonl", "probes.jsonl", "qa.jsonl", "demo.json"]
 LONG = "a" * 300

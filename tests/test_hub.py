@@ -21,14 +21,14 @@ from published import publish
 from zoo import random_basis, tensors
 
 from guardfold import cli
-from guardfold.export.hub import Target, push
-from guardfold.export.verify import verify
-from guardfold.guard.errors import InputError, Refused
+from guardfold.export.publish.hub import Target, push
+from guardfold.export.publish.verify import verify
+from guardfold.guard.base.errors import InputError, Refused
+from guardfold.guard.base.hub import ATTEMPTS, download
+from guardfold.guard.base.untrusted import MAX_PARTS
 from guardfold.guard.guard import Guard
-from guardfold.guard.hub import ATTEMPTS, download
-from guardfold.guard.interventions import SublayerProjection
-from guardfold.guard.untrusted import MAX_PARTS
-from guardfold.guard.vlm import load, resolve
+from guardfold.guard.interventions.kinds import SublayerProjection
+from guardfold.guard.model.vlm import load, resolve
 from guardfold.pipeline import Export, GuardOptions, export_guarded
 
 REPO = "tester/guarded"

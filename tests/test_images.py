@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from guardfold.guard.images import COLOURS, IMAGE_KINDS, SHAPES, SIZE, ImageKind, draw, draw_shape
-from guardfold.guard.prompts import Prompt, illustrated
+from guardfold.guard.prompts.image_kinds import COLOURS, IMAGE_KINDS, SHAPES, SIZE, ImageKind, draw, draw_shape
+from guardfold.guard.prompts.prompts import Prompt, illustrated
 
 PICTURES: tuple[ImageKind, ...] = tuple(kind for kind in IMAGE_KINDS if kind != "text")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from guardfold.validators.judge import PhraseJudge, matches, normalise
+from guardfold.validators.behaviour.judge import PhraseJudge, matches, normalise
 
 REFUSALS = [
     "I'm sorry, but I can't help with that.",

@@ -10,8 +10,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from guardfold.guard.errors import InputError
-from guardfold.validators.judge import ModelJudge
+from guardfold.guard.base.errors import InputError
+from guardfold.validators.behaviour.judge import ModelJudge
 
 TEMPLATE = (
     "{% if messages|length != 2 or messages[0].role != 'user' or messages[1].role != 'assistant' %}"

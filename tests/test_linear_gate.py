@@ -13,13 +13,13 @@ from gates import readings, save_guard, unit_vector
 from reference import batches, distance, logits
 from zoo import random_basis
 
-from guardfold.guard.detector import fit_readout
-from guardfold.guard.errors import InputError
+from guardfold.guard.base.errors import InputError
+from guardfold.guard.fitting.linear_probe import fit_readout
+from guardfold.guard.fitting.transcripts import Place
 from guardfold.guard.guard import Guard
 from guardfold.guard.hooks import attached
-from guardfold.guard.interventions import LinearGate, SharedProjection, SublayerProjection
-from guardfold.guard.transcripts import Place
-from guardfold.guard.vlm import VLM, load
+from guardfold.guard.interventions.kinds import LinearGate, SharedProjection, SublayerProjection
+from guardfold.guard.model.vlm import VLM, load
 
 NEURONS = 48
 GATE = LinearGate(1, unit_vector(NEURONS, 1), 3 * unit_vector(32, 2))

@@ -16,16 +16,16 @@ import torch
 from llamacpp import EXACT, QUANTISATIONS, SLOTS, TEMPLATE, LlamaCpp, compare, complete, tokenised
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from guardfold.guard.images import IMAGE_KINDS
-from guardfold.guard.prompts import encode
-from guardfold.guard.vlm import load
+from guardfold.guard.model.vlm import load
+from guardfold.guard.prompts.image_kinds import IMAGE_KINDS
+from guardfold.guard.prompts.prompts import encode
 from guardfold.pipeline import GuardOptions, check_served, export_guarded
-from guardfold.validators.behaviour import MAX_NEW_TOKENS, measure
+from guardfold.validators.behaviour.evaluation_prompts import load_probes
+from guardfold.validators.behaviour.judge import PhraseJudge
+from guardfold.validators.behaviour.measure import MAX_NEW_TOKENS, measure
+from guardfold.validators.behaviour.verdict import TOLERANCE
 from guardfold.validators.demo import DEMO
-from guardfold.validators.endpoint import Endpoint
-from guardfold.validators.judge import PhraseJudge
-from guardfold.validators.probes import load_probes
-from guardfold.validators.verdict import TOLERANCE
+from guardfold.validators.runtimes.endpoint import Endpoint
 
 pytestmark = pytest.mark.llamacpp
 HARMFUL, BENIGN = 96, 48

@@ -14,12 +14,12 @@ from adapters import loaded, saved, tuned
 from safetensors.torch import load_file, save_file
 from zoo import Tiny
 
-from guardfold.export.adapter import CONFIG_FILE, WEIGHTS_FILE
-from guardfold.export.checkpoint import Checkpoint
-from guardfold.export.merge import merging
-from guardfold.export.rewrite import rewrite
-from guardfold.export.writers import family_of
-from guardfold.guard.errors import InputError
+from guardfold.export.checkpoint.headers import Checkpoint
+from guardfold.export.checkpoint.merge import merging
+from guardfold.export.checkpoint.rewrite import rewrite
+from guardfold.export.families.table import family_of
+from guardfold.export.formats.lora import CONFIG_FILE, WEIGHTS_FILE
+from guardfold.guard.base.errors import InputError
 
 LANGUAGE = r".*language_model.*\."
 PATTERNS = {"rank_pattern": {r"layers.1.self_attn.o_proj": 5}, "alpha_pattern": {r"layers.0.self_attn.o_proj": 3}}

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 from zoo import Tiny, change_tensors, random_basis
 
-from guardfold.export.checkpoint import Checkpoint
+from guardfold.export.checkpoint.headers import Checkpoint
+from guardfold.export.checkpoint.rewrite import rewrite
+from guardfold.export.families.table import Family, family_of
 from guardfold.export.fold import Fold, fold
-from guardfold.export.rewrite import rewrite
-from guardfold.export.writers import Family, family_of
-from guardfold.guard.errors import InputError
+from guardfold.guard.base.errors import InputError
 from guardfold.guard.guard import Guard
-from guardfold.guard.interventions import SharedProjection, SublayerProjection
-from guardfold.guard.presets import Scope
-from guardfold.validators.equivalence import Equivalence, compare
-from guardfold.validators.integrity import inspect_folder
+from guardfold.guard.interventions.kinds import SharedProjection, SublayerProjection
+from guardfold.guard.presets.presets import Scope
+from guardfold.validators.evidence.equivalence import Equivalence, compare
+from guardfold.validators.evidence.integrity import inspect_folder
 
 TEXT, PROJECTOR = "language_model.model.", "multi_modal_projector.linear_2."
 SHARED = [

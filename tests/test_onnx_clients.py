@@ -26,12 +26,12 @@ from specimens.known import KNOWN
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from zoo import random_basis
 
-from guardfold.export.checkpoint import Checkpoint
-from guardfold.export.onnx.graphs import Plan, write_graphs
-from guardfold.export.onnx.layout import precisions
+from guardfold.export.checkpoint.headers import Checkpoint
+from guardfold.export.formats.onnx.graphs import Plan, write_graphs
+from guardfold.export.formats.onnx.layout import precisions
 from guardfold.guard.guard import Guard
-from guardfold.guard.images import draw
-from guardfold.guard.interventions import SublayerProjection
+from guardfold.guard.interventions.kinds import SublayerProjection
+from guardfold.guard.prompts.image_kinds import draw
 from guardfold.validators.demo import DEMO
 
 CLIENTS = Path(__file__).parent / "clients"

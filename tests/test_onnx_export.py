@@ -17,15 +17,17 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 from zoo import Tiny, change_tensors, random_basis
 
-from guardfold.export.formats import Formats
-from guardfold.export.onnx import configs, trace
-from guardfold.export.onnx.layout import DECODER, GRAPHS
-from guardfold.guard.errors import InputError
+from guardfold.export.formats.formats import Formats
+from guardfold.export.formats.onnx import configs, trace
+from guardfold.export.formats.onnx.layout import DECODER, GRAPHS
+from guardfold.guard.base.errors import InputError
 from guardfold.guard.guard import Guard
-from guardfold.guard.interventions import ResidualProjection, SublayerProjection
-from guardfold.guard.vlm import load
+from guardfold.guard.interventions.kinds import ResidualProjection, SublayerProjection
+from guardfold.guard.model.vlm import load
 from guardfold.pipeline import Export, GuardOptions, NotSafer, export_guarded
-from guardfold.validators import chat, runner, runtime
+from guardfold.validators.evidence import runtime
+from guardfold.validators.runtimes import chat
+from guardfold.validators.runtimes import onnx as runner
 
 GUARD = Guard((SublayerProjection({0: random_basis(1, 32)}),))
 

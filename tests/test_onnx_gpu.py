@@ -11,14 +11,14 @@ import pytest
 import torch
 from zoo import random_basis
 
-from guardfold.export.formats import Formats
-from guardfold.export.onnx.layout import PRECISIONS
+from guardfold.export.formats.formats import Formats
+from guardfold.export.formats.onnx.layout import PRECISIONS
 from guardfold.guard.guard import Guard
-from guardfold.guard.interventions import SublayerProjection
-from guardfold.guard.vlm import load
+from guardfold.guard.interventions.kinds import SublayerProjection
+from guardfold.guard.model.vlm import load
 from guardfold.pipeline import GuardOptions, export_guarded
-from guardfold.validators.runner import Runner, onnxruntime
-from guardfold.validators.runtime import comparison, observe
+from guardfold.validators.evidence.runtime import comparison, observe
+from guardfold.validators.runtimes.onnx import Runner, onnxruntime
 
 pytestmark = [
     pytest.mark.gpu,

@@ -17,17 +17,17 @@ from specimens.known import KNOWN
 from transformers import BatchFeature
 from zoo import Tiny, change_tensors, random_basis
 
-from guardfold.export.checkpoint import Checkpoint
-from guardfold.export.onnx import weights
-from guardfold.export.onnx.graphs import Plan, Traced, write_graphs
-from guardfold.export.onnx.layout import DECODER, EMBED, GRAPHS, PRECISIONS, VISION, graph_file, precisions
-from guardfold.export.onnx.paths import PATHS, path_of
-from guardfold.guard.errors import InputError
+from guardfold.export.checkpoint.headers import Checkpoint
+from guardfold.export.formats.onnx import weights
+from guardfold.export.formats.onnx.graphs import Plan, Traced, write_graphs
+from guardfold.export.formats.onnx.layout import DECODER, EMBED, GRAPHS, PRECISIONS, VISION, graph_file, precisions
+from guardfold.export.formats.onnx.paths import PATHS, path_of
+from guardfold.guard.base.errors import InputError
 from guardfold.guard.guard import Guard
-from guardfold.guard.interventions import ResidualProjection
-from guardfold.guard.vlm import VLM, load
-from guardfold.validators.runner import Runner
-from guardfold.validators.runtime import Agreement, agreement, as_prompts, comparison, observe
+from guardfold.guard.interventions.kinds import ResidualProjection
+from guardfold.guard.model.vlm import VLM, load
+from guardfold.validators.evidence.runtime import Agreement, agreement, as_prompts, comparison, observe
+from guardfold.validators.runtimes.onnx import Runner
 
 FP32 = PRECISIONS["fp32"]
 FAMILIES = {

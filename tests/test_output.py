@@ -16,12 +16,12 @@ from huggingface_hub import metadata_load
 from transformers import AutoModelForImageTextToText
 from zoo import FAMILIES, Tiny, change_tensors, random_basis, tensors
 
-from guardfold.export.rewrite import Link, Writing
-from guardfold.export.rounding import ROUNDINGS, Rounding
-from guardfold.export.staging import staging
-from guardfold.guard.errors import InputError
+from guardfold.export.checkpoint.rewrite import Link, Writing
+from guardfold.export.checkpoint.rounding import ROUNDINGS, Rounding
+from guardfold.export.checkpoint.staging import staging
+from guardfold.guard.base.errors import InputError
 from guardfold.guard.guard import Guard
-from guardfold.guard.interventions import SharedProjection, SublayerProjection
+from guardfold.guard.interventions.kinds import SharedProjection, SublayerProjection
 from guardfold.pipeline import Export, GuardOptions, NotSafer, check_guarded, export_guarded
 
 GUARD = Guard((SublayerProjection({1: random_basis(1, 32)}),), {"made": "by hand"})

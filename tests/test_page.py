@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 from gates import full_guard
 
-from guardfold.guard.images import IMAGE_KINDS
-from guardfold.guard.prompts import Prompt
-from guardfold.validators.behaviour import Behaviour, Outcomes
-from guardfold.validators.check import SAMPLES, SNIPPET, _samples
-from guardfold.validators.page import render_page
-from guardfold.validators.probes import Probes
+from guardfold.guard.prompts.image_kinds import IMAGE_KINDS
+from guardfold.guard.prompts.prompts import Prompt
+from guardfold.validators.behaviour.evaluation_prompts import Probes
+from guardfold.validators.behaviour.measure import Behaviour, Outcomes
+from guardfold.validators.evidence.evidence import SAMPLES, SNIPPET, _samples
+from guardfold.validators.report.page import render_page
 
 CHROMIUM = "/usr/bin/chromium"
 HOSTILE = '<script>alert(1)</script><img src="http://example.com/a.png" onerror="alert(2)">&"\''

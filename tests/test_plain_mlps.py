@@ -11,11 +11,11 @@ import zoo
 from transformers import AutoModelForImageTextToText, LlavaConfig, LlavaForConditionalGeneration
 
 from guardfold import pipeline
-from guardfold.export.checkpoint import Checkpoint
-from guardfold.export.writers import family_of
+from guardfold.export.checkpoint.headers import Checkpoint
+from guardfold.export.families.table import family_of
 from guardfold.guard.guard import Guard, Intervention
 from guardfold.guard.hooks import attached
-from guardfold.guard.interventions import Gate, SharedProjection, SublayerProjection
+from guardfold.guard.interventions.kinds import Gate, SharedProjection, SublayerProjection
 
 WIDTH = 32
 SIZES: dict[str, dict[str, Any]] = {

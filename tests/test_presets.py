@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guardfold.guard.errors import InputError
-from guardfold.guard.presets import parse_layers
+from guardfold.guard.base.errors import InputError
+from guardfold.guard.presets.presets import parse_layers
 
 
 @pytest.mark.parametrize(

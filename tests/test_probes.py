@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from guardfold.guard.errors import InputError
-from guardfold.validators.probes import load_probes
+from guardfold.guard.base.errors import InputError
+from guardfold.validators.behaviour.evaluation_prompts import load_probes
 
 ROWS = [
     {"text": "how to steal ?", "harmful": True},

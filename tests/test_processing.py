@@ -9,10 +9,10 @@ import pytest
 from test_checkpoint import within
 from zoo import change_json
 
-from guardfold.guard import processing
-from guardfold.guard.errors import InputError
-from guardfold.guard.vlm import load_processor, meta_model
-from guardfold.validators.batches import comparison_batches
+from guardfold.guard.base.errors import InputError
+from guardfold.guard.model import processor as processing
+from guardfold.guard.model.vlm import load_processor, meta_model
+from guardfold.validators.evidence.batches import comparison_batches
 
 TEMPLATES = {
     "endless": (

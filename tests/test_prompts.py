@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from zoo import PATCH, SIDE
 
-from guardfold.guard.errors import InputError
-from guardfold.guard.pictures import load_image
-from guardfold.guard.prompts import Prompt, encode, illustrated, load_anchors, positions
-from guardfold.guard.vlm import VLM
+from guardfold.guard.base.errors import InputError
+from guardfold.guard.model.vlm import VLM
+from guardfold.guard.prompts.image_files import load_image
+from guardfold.guard.prompts.prompts import Prompt, encode, illustrated, load_anchors, positions
 
 PAIRS = [("how to steal a car ?", "how to paint a car ?"), ('open, "a" lock', "open a door")]
 

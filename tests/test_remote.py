@@ -9,9 +9,9 @@ import pytest
 from hub_server import Fault, HubServer
 from published import publish
 
-from guardfold.export.checkpoint import Checkpoint
-from guardfold.export.writers import family_of
-from guardfold.guard.errors import InputError
+from guardfold.export.checkpoint.headers import Checkpoint
+from guardfold.export.families.table import family_of
+from guardfold.guard.base.errors import InputError
 from guardfold.pipeline import inspect_model, trace_family
 
 REPO = "owner/model"

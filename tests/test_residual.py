@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from zoo import random_basis
 
-from guardfold.export.checkpoint import Checkpoint
+from guardfold.export.checkpoint.headers import Checkpoint
+from guardfold.export.families.table import family_of
 from guardfold.export.fold import fold
-from guardfold.export.writers import family_of
-from guardfold.guard.errors import InputError
+from guardfold.guard.base.errors import InputError
 from guardfold.guard.guard import Guard
 from guardfold.guard.hooks import attached
-from guardfold.guard.interventions import ResidualProjection
-from guardfold.guard.vlm import VLM
+from guardfold.guard.interventions.kinds import ResidualProjection
+from guardfold.guard.model.vlm import VLM
 
 BASES = {0: random_basis(2, 32, 1), 2: random_basis(1, 32, 2)}
 

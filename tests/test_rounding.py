@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 from zoo import random_basis
 
-from guardfold.export.checkpoint import DTYPES, Checkpoint, TensorInfo
-from guardfold.export.edits import Edit, Folded, ProjectColumns, ProjectRows, SetColumns
+from guardfold.export.checkpoint.edits import Edit, Folded, ProjectColumns, ProjectRows, SetColumns
+from guardfold.export.checkpoint.headers import DTYPES, Checkpoint, TensorInfo
+from guardfold.export.checkpoint.rounding import CANDIDATES, FINE, Block, candidates, nearest, repaired
+from guardfold.export.families.table import family_of
 from guardfold.export.fold import fold
-from guardfold.export.rounding import CANDIDATES, FINE, Block, candidates, nearest, repaired
-from guardfold.export.writers import family_of
 from guardfold.guard.guard import Guard
-from guardfold.guard.interventions import SharedProjection
+from guardfold.guard.interventions.kinds import SharedProjection
 from guardfold.validators.demo import DEMO
-from guardfold.validators.leaks import tensor_tolerance
+from guardfold.validators.evidence.leaks import tensor_tolerance
 
 NARROW = st.sampled_from([torch.float16, torch.bfloat16])
 RMS = 0.02

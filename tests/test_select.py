@@ -15,18 +15,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 from zoo import random_basis
 
-from guardfold.guard import prompts, transcripts
-from guardfold.guard.calibration import BUILT_IN_BENIGN, Examples, Part, deal, load_benign
-from guardfold.guard.errors import Refused
-from guardfold.guard.interventions import Gate, SublayerProjection
-from guardfold.guard.presets import Candidate
-from guardfold.guard.prompts import BUILT_IN_ANCHORS, Prompt, load_anchors
-from guardfold.guard.transcripts import Place
-from guardfold.guard.vlm import DEMO, VLM, resolve
-from guardfold.validators import select
-from guardfold.validators.judge import PhraseJudge
-from guardfold.validators.probes import load_probes
-from guardfold.validators.select import Bench, Figures, Trial, best, choose, sample_scores, scrutinise
+from guardfold.guard.base.errors import Refused
+from guardfold.guard.fitting import transcripts
+from guardfold.guard.fitting.calibration import BUILT_IN_BENIGN, Examples, Part, deal, load_benign
+from guardfold.guard.fitting.transcripts import Place
+from guardfold.guard.interventions.kinds import Gate, SublayerProjection
+from guardfold.guard.model.vlm import DEMO, VLM, resolve
+from guardfold.guard.presets.presets import Candidate
+from guardfold.guard.prompts import prompts
+from guardfold.guard.prompts.prompts import BUILT_IN_ANCHORS, Prompt, load_anchors
+from guardfold.validators.behaviour import selection as select
+from guardfold.validators.behaviour.evaluation_prompts import load_probes
+from guardfold.validators.behaviour.judge import PhraseJudge
+from guardfold.validators.behaviour.selection import Bench, Figures, Trial, best, choose, sample_scores, scrutinise
 
 ORIGINAL = Figures(refusal=0.4, text_refusal=1.0, new_refusals=0.0, benign_kl=0.0, pictured_kl=0.0)
 GOOD = Figures(refusal=0.9, text_refusal=1.0, new_refusals=0.0, benign_kl=0.001, pictured_kl=0.001)

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from serving import running
 
-from guardfold.guard.images import IMAGE_KINDS
-from guardfold.guard.vlm import load
+from guardfold.guard.model.vlm import load
+from guardfold.guard.prompts.image_kinds import IMAGE_KINDS
 from guardfold.pipeline import check_served
-from guardfold.validators.behaviour import measure
+from guardfold.validators.behaviour.evaluation_prompts import load_probes
+from guardfold.validators.behaviour.judge import PhraseJudge
+from guardfold.validators.behaviour.measure import measure
 from guardfold.validators.demo import DEMO
-from guardfold.validators.endpoint import Endpoint
-from guardfold.validators.judge import PhraseJudge
-from guardfold.validators.probes import load_probes
+from guardfold.validators.runtimes.endpoint import Endpoint
 
 pytestmark = pytest.mark.serve
 SERVE = "import sys; from transformers.cli.transformers import main; sys.argv[0] = 'transformers'; main()"

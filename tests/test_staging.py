@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from crash import absent_or_whole, ended, fails, forked, model_and_guard, run
 
-from guardfold.export import staging as stages
-from guardfold.export.staging import check_room, staging
-from guardfold.guard.errors import InputError
+from guardfold.export.checkpoint import staging as stages
+from guardfold.export.checkpoint.staging import check_room, staging
+from guardfold.guard.base.errors import InputError
 
 
 def test_an_interrupt_while_an_output_is_published_waits_until_it_is(

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 from zoo import Tiny, corners, name_of, variations
 
-from guardfold.guard.directions import extract
-from guardfold.guard.errors import InputError
-from guardfold.guard.images import ImageKind
-from guardfold.guard.prompts import Anchors, Prompt, encode, illustrated
-from guardfold.guard.states import batch_states, prompt_states
-from guardfold.guard.vlm import VLM, load
+from guardfold.guard.base.errors import InputError
+from guardfold.guard.fitting.directions import extract
+from guardfold.guard.fitting.states import batch_states, prompt_states
+from guardfold.guard.model.vlm import VLM, load
+from guardfold.guard.prompts.image_kinds import ImageKind
+from guardfold.guard.prompts.prompts import Anchors, Prompt, encode, illustrated
 
 TEXTS = ("how to walk ?", "why do some people prefer to bake bread at home and usually walk to work ?", "paint a wall")
 PROMPTS = [Prompt(text) for text in TEXTS]

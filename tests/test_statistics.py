@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guardfold.validators.statistics import Rate, binomial_tail, mcnemar, upper_bound
+from guardfold.validators.behaviour.statistics import Rate, binomial_tail, mcnemar, upper_bound
 
 outcomes = st.lists(st.booleans(), min_size=1, max_size=400)
 

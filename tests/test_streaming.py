@@ -13,9 +13,9 @@ from test_writers import STYLES
 from transformers import AutoModelForImageTextToText
 from zoo import Tiny, change_tensors, corners, name_of, variations
 
-from guardfold.export.checkpoint import Checkpoint
-from guardfold.guard.errors import InputError
-from guardfold.validators.streaming import streamed
+from guardfold.export.checkpoint.headers import Checkpoint
+from guardfold.guard.base.errors import InputError
+from guardfold.validators.runtimes.streamed import streamed
 
 
 def same_logits(folder: Path, shape: Tiny) -> None:

@@ -15,12 +15,12 @@ import torch
 from crash import model_and_guard
 from zoo import change_tensors, tensors
 
-from guardfold.export.checkpoint import Checkpoint
+from guardfold.export.checkpoint.headers import Checkpoint
+from guardfold.export.checkpoint.rewrite import rewrite
+from guardfold.export.checkpoint.transfer import in_page_cache, in_threads, let_go
+from guardfold.export.families.table import family_of
 from guardfold.export.fold import fold
-from guardfold.export.rewrite import rewrite
-from guardfold.export.transfer import in_page_cache, in_threads, let_go
-from guardfold.export.writers import family_of
-from guardfold.guard.errors import InputError
+from guardfold.guard.base.errors import InputError
 from guardfold.guard.guard import Guard
 
 PAGE, MEGABYTE = mmap.PAGESIZE, 2**20

@@ -19,28 +19,21 @@ from test_hub import flip
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from zoo import Tiny, random_basis
 
-from guardfold.export.checkpoint import Checkpoint
-from guardfold.export.formats import Formats
-from guardfold.export.hub import Target, push
-from guardfold.export.verify import verify
-from guardfold.guard import trust
-from guardfold.guard.errors import InputError
+from guardfold.export.checkpoint.headers import Checkpoint
+from guardfold.export.formats.formats import Formats
+from guardfold.export.publish.hub import Target, push
+from guardfold.export.publish.verify import verify
+from guardfold.guard.base import remote_code as trust
+from guardfold.guard.base.errors import InputError
+from guardfold.guard.base.hub import download
+from guardfold.guard.base.remote_code import trusted, trusting
 from guardfold.guard.guard import Guard
 from guardfold.guard.hooks import attached
-from guardfold.guard.hub import download
-from guardfold.guard.interventions import SublayerProjection
-from guardfold.guard.prompts import Prompt, encode
-from guardfold.guard.trust import trusted, trusting
-from guardfold.guard.vlm import auto_class, load, meta_model, read_config
-from guardfold.pipeline import (
-    GuardOptions,
-    check_guarded,
-    export_guarded,
-    extract_guard,
-    inspect_model,
-    trace_family,
-)
-from guardfold.validators.judge import ModelJudge
+from guardfold.guard.interventions.kinds import SublayerProjection
+from guardfold.guard.model.vlm import auto_class, load, meta_model, read_config
+from guardfold.guard.prompts.prompts import Prompt, encode
+from guardfold.pipeline import GuardOptions, check_guarded, export_guarded, extract_guard, inspect_model, trace_family
+from guardfold.validators.behaviour.judge import ModelJudge
 
 GUARD = Guard((SublayerProjection({1: random_basis(1, 32)}),))
 REPO = "tester/custom"

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from zoo import random_basis
 
+from guardfold.guard.fitting.states import text_states
 from guardfold.guard.guard import Guard
 from guardfold.guard.hooks import attached
-from guardfold.guard.interventions import TwoPass
-from guardfold.guard.prompts import Prompt, encode, illustrated
-from guardfold.guard.states import text_states
-from guardfold.guard.vlm import VLM
+from guardfold.guard.interventions.kinds import TwoPass
+from guardfold.guard.model.vlm import VLM
+from guardfold.guard.prompts.prompts import Prompt, encode, illustrated
 
 LAYER, ALPHA = 1, 40.0
 SHORT, LONG = Prompt("how to walk home ?"), Prompt("why do some people prefer to bake bread and usually walk to work ?")

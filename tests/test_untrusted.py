@@ -15,20 +15,20 @@ from gates import make_gate
 from test_checkpoint import CONFIG, GOOD, container, folder_with, refused, within
 from zoo import change_json, change_tensors, random_basis, tensors
 
-from guardfold.export.checkpoint import SINGLE_FILE, Checkpoint, header_bytes, parse_header
-from guardfold.export.writers import family_of
-from guardfold.guard import untrusted
-from guardfold.guard.errors import InputError
+from guardfold.export.checkpoint.headers import SINGLE_FILE, Checkpoint, header_bytes, parse_header
+from guardfold.export.families.table import family_of
+from guardfold.guard.base import untrusted
+from guardfold.guard.base.errors import InputError
+from guardfold.guard.base.remote_code import trusting
+from guardfold.guard.base.untrusted import ASCII_FROM_BYTES, MAX_PARTS, parse_object
 from guardfold.guard.guard import MAX_GUARD_BYTES, Guard, Intervention
-from guardfold.guard.interventions import SublayerProjection
-from guardfold.guard.pictures import load_image
-from guardfold.guard.prompts import load_anchors
-from guardfold.guard.trust import trusting
-from guardfold.guard.untrusted import ASCII_FROM_BYTES, MAX_PARTS, parse_object
-from guardfold.guard.vlm import meta_model, read_config
+from guardfold.guard.interventions.kinds import SublayerProjection
+from guardfold.guard.model.vlm import meta_model, read_config
+from guardfold.guard.prompts.image_files import load_image
+from guardfold.guard.prompts.prompts import load_anchors
 from guardfold.pipeline import Export, GuardOptions, export_guarded
-from guardfold.validators.chat import answer
-from guardfold.validators.recorded import recall
+from guardfold.validators.behaviour.recorded import recall
+from guardfold.validators.runtimes.chat import answer
 
 
 def exported(model: Path, place: Path, intervention: Intervention | None = None) -> Export:

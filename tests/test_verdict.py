@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from guardfold.guard.images import IMAGE_KINDS, ImageKind
-from guardfold.validators.behaviour import Behaviour, Outcomes
-from guardfold.validators.verdict import Ruling, judge_guard
+from guardfold.guard.prompts.image_kinds import IMAGE_KINDS, ImageKind
+from guardfold.validators.behaviour.measure import Behaviour, Outcomes
+from guardfold.validators.behaviour.verdict import Ruling, judge_guard
 
 HARMFUL, BENIGN, QA = 120, 400, 100
 

@@ -14,14 +14,14 @@ from published import publish
 from test_checkpoint import within
 from zoo import random_basis
 
-from guardfold.export.card import extend_card
-from guardfold.export.formats import Formats
-from guardfold.export.verify import NEEDED, load_manifest, verify
-from guardfold.guard import untrusted
-from guardfold.guard.errors import InputError
+from guardfold.export.formats.formats import Formats
+from guardfold.export.publish.card import extend_card
+from guardfold.export.publish.verify import NEEDED, load_manifest, verify
+from guardfold.guard.base import untrusted
+from guardfold.guard.base.errors import InputError
+from guardfold.guard.base.untrusted import printable
 from guardfold.guard.guard import Guard
-from guardfold.guard.interventions import SublayerProjection
-from guardfold.guard.untrusted import printable
+from guardfold.guard.interventions.kinds import SublayerProjection
 from guardfold.pipeline import GuardOptions, check_guarded, export_guarded, exporting, extract_guard, extract_to
 
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from zoo import Tiny, change_tensors
 
-from guardfold.guard.errors import InputError
-from guardfold.guard.parts import decoder_layers, final_norm, residual_readers, sublayers
-from guardfold.guard.vlm import VLM, check_weights, load, resolve
+from guardfold.guard.base.errors import InputError
+from guardfold.guard.model.roles import decoder_layers, final_norm, residual_readers, sublayers
+from guardfold.guard.model.vlm import VLM, check_weights, load, resolve
 
 
 @pytest.fixture

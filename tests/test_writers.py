@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText
 from zoo import Tiny, change_tensors, corners, name_of, variations
 
-from guardfold.export.checkpoint import Checkpoint
-from guardfold.export.writers import family_of
-from guardfold.guard.errors import InputError
+from guardfold.export.checkpoint.headers import Checkpoint
+from guardfold.export.families.table import family_of
+from guardfold.guard.base.errors import InputError
 
 WRITER = re.compile(
     r"model\.language_model\.(embed_tokens\.weight|layers\.\d+\.(self_attn\.o_proj|mlp\.down_proj)\.(weight|bias))"

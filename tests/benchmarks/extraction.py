@@ -17,16 +17,16 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from guardfold.guard.calibration import deal, examples, load_benign
-from guardfold.guard.directions import extract
-from guardfold.guard.parts import mlp_parts
-from guardfold.guard.presets import GAINS, LAYER_SETS, STRENGTHS, Material, gate_layers, gates
-from guardfold.guard.prompts import Prompt, encode, load_anchors
-from guardfold.guard.states import forward
-from guardfold.guard.transcripts import Usage
-from guardfold.guard.vlm import load, resolve
-from guardfold.validators.judge import PhraseJudge
-from guardfold.validators.select import Bench
+from guardfold.guard.fitting.calibration import deal, examples, load_benign
+from guardfold.guard.fitting.directions import extract
+from guardfold.guard.fitting.states import forward
+from guardfold.guard.fitting.transcripts import Usage
+from guardfold.guard.model.roles import mlp_parts
+from guardfold.guard.model.vlm import load, resolve
+from guardfold.guard.presets.presets import GAINS, LAYER_SETS, STRENGTHS, Material, gate_layers, gates
+from guardfold.guard.prompts.prompts import Prompt, encode, load_anchors
+from guardfold.validators.behaviour.judge import PhraseJudge
+from guardfold.validators.behaviour.selection import Bench
 
 TEXT = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 18, "num_attention_heads": 16}
 

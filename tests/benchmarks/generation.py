@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from guardfold.guard.prompts import Prompt, encode, illustrated
-from guardfold.guard.vlm import VLM, load, resolve
+from guardfold.guard.model.vlm import VLM, load, resolve
+from guardfold.guard.prompts.prompts import Prompt, encode, illustrated
 
 TOKENS, BATCH = 48, 8
 

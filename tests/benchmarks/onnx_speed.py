@@ -20,11 +20,11 @@ from memory import shape
 from transformers import AutoModelForImageTextToText, BatchFeature
 from transformers.utils import logging
 
-from guardfold.export.checkpoint import Checkpoint
-from guardfold.export.onnx.graphs import Plan, write_graphs
-from guardfold.export.onnx.layout import precisions
-from guardfold.guard.vlm import resolve
-from guardfold.validators.runner import Runner, device_for
+from guardfold.export.checkpoint.headers import Checkpoint
+from guardfold.export.formats.onnx.graphs import Plan, write_graphs
+from guardfold.export.formats.onnx.layout import precisions
+from guardfold.guard.model.vlm import resolve
+from guardfold.validators.runtimes.onnx import Runner, device_for
 
 PROMPT, TOKENS = 24, 48
 

@@ -15,9 +15,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from llamacpp import QUANTISATIONS, LlamaCpp, compare
 
-from guardfold.guard.images import IMAGE_KINDS
+from guardfold.guard.prompts.image_kinds import IMAGE_KINDS
 from guardfold.pipeline import Served, export_guarded
-from guardfold.validators.behaviour import Behaviour
+from guardfold.validators.behaviour.measure import Behaviour
 from guardfold.validators.demo import DEMO
 
 TYPE = re.compile(r"converting to (\w+)")

@@ -60,12 +60,12 @@ class Run:
 
 def guardfold(source: Path, target: Path, guard: Path, way: str) -> None:
     """What `guardfold export` does between extraction and checks: fold, rewrite, sync, publish."""
-    from guardfold.export.checkpoint import Checkpoint
-    from guardfold.export.companions import copy_companions
+    from guardfold.export.checkpoint.companions import copy_companions
+    from guardfold.export.checkpoint.headers import Checkpoint
+    from guardfold.export.checkpoint.rewrite import Writing, rewrite
+    from guardfold.export.checkpoint.staging import staging
+    from guardfold.export.families.table import family_of
     from guardfold.export.fold import fold
-    from guardfold.export.rewrite import Writing, rewrite
-    from guardfold.export.staging import staging
-    from guardfold.export.writers import family_of
     from guardfold.guard.guard import Guard
 
     if way == "imports":

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from guardfold.export.edits import Folded, ProjectColumns, ProjectRows
-from guardfold.export.memory import map_blocks_from
-from guardfold.export.rewrite import LARGE_BYTES
-from guardfold.export.rounding import Block, nearest, repaired
-from guardfold.export.transfer import write_runs
+from guardfold.export.checkpoint.edits import Folded, ProjectColumns, ProjectRows
+from guardfold.export.checkpoint.memory import map_blocks_from
+from guardfold.export.checkpoint.rewrite import LARGE_BYTES
+from guardfold.export.checkpoint.rounding import Block, nearest, repaired
+from guardfold.export.checkpoint.transfer import write_runs
 
 SHAPES = {"down_proj": (4096, 11008), "embedding": (8192, 4096)}
 WIDTH, RMS = 4096, 0.02

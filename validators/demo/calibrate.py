@@ -15,18 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from ...guard.images import ImageKind, draw
+from ...guard.prompts.image_kinds import ImageKind, draw
 from .lessons import Lessons
 from .speech import Batch, Turn, Voice, answer_loss, exact
-from .train import (
-    Tick,
-    TrainingError,
-    descend,
-    picture_trial,
-    speakers,
-    tower,
-    validation_turns,
-)
+from .train import Tick, TrainingError, descend, picture_trial, speakers, tower, validation_turns
 
 __all__ = ["GAP_STEPS", "PICTURED", "open_gap"]
 

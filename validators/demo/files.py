@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from ...guard.images import COLOURS, SHAPES, draw_shape
+from ...guard.prompts.image_kinds import COLOURS, SHAPES, draw_shape
 from .build import PIXELS
 from .world import QUESTIONS, REFUSAL, TEMPLATES, Combo, World, question
 

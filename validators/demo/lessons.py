@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from transformers import LlavaProcessor
 
-from ...guard.images import COLOURS, SHAPES
+from ...guard.prompts.image_kinds import COLOURS, SHAPES
 from .build import IMAGE_TOKENS
 from .speech import Gallery, Turn
 from .world import QUESTIONS, REFUSAL, TEMPLATES, Combo, World, question

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from ...guard.vlm import load
-from ..behaviour import measure
-from ..judge import PhraseJudge
-from ..probes import Probes, load_probes
+from ...guard.model.vlm import load
+from ..behaviour.evaluation_prompts import Probes, load_probes
+from ..behaviour.judge import PhraseJudge
+from ..behaviour.measure import measure
 from .calibrate import PICTURED
 
 __all__ = ["figures", "missed"]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from ...guard.images import COLOURS, SHAPES, draw_shape
+from ...guard.prompts.image_kinds import COLOURS, SHAPES, draw_shape
 from .build import IMAGE_TOKENS
 from .world import QUESTIONS
 

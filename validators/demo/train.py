@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlavaForConditionalGeneration
 
-from ...guard.images import COLOURS, SHAPES
+from ...guard.prompts.image_kinds import COLOURS, SHAPES
 from .lessons import Lessons
 from .speech import Batch, Gallery, Turn, Voice, answer_loss, exact
 from .world import QUESTIONS, REFUSAL, TEMPLATES, World, question

@@ -11,7 +11,7 @@ import random
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
-from ...guard.images import COLOURS, SHAPES
+from ...guard.prompts.image_kinds import COLOURS, SHAPES
 
 __all__ = [
     "DESCRIPTORS",

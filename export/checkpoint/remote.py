@@ -1,0 +1,52 @@
+"""A checkpoint on the hub, known by its config and headers alone: nothing else is downloaded, whatever its size."""
+
+from __future__ import annotations
+
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+from huggingface_hub import HfFileSystem
+
+from ...guard.base.errors import InputError
+from ...guard.base.hub import download_config, hub_errors, retried
+from .headers import INDEX_FILE, SINGLE_FILE, header_bytes, index_shards
+
+AT_ONCE = 8
+"""Headers that are asked for at the same time."""
+
+
+def hollow_copy(hub_id: str, revision: str | None, to: Path) -> Path:
+    """Fills the empty folder `to` with what is known of a repository without its weights, and returns it: configs,
+    index and files as long as the real ones that begin with their headers, the rest being holes.
+
+    So a checkpoint opens and is checked as if it were here; what its tensors hold is not. Two range requests a shard.
+    Raises InputError if the repository, its config or a header cannot be had or is not sound.
+    """
+    with hub_errors(f"{hub_id}: cannot be had from the Hugging Face Hub"):
+        snapshot = download_config(hub_id, revision)
+        for path in filter(Path.is_file, snapshot.iterdir()):
+            shutil.copyfile(path.resolve(), to / path.name)
+        names = index_shards(to) if (to / INDEX_FILE).is_file() else [SINGLE_FILE]
+        files, commit = HfFileSystem(), snapshot.name
+        with ThreadPoolExecutor(AT_ONCE) as pool, ExitStack() as stack:
+            stack.callback(pool.shutdown, cancel_futures=True)
+            for _ in pool.map(lambda name: _hollow(files, f"{hub_id}@{commit}/{name}", to / name), names):
+                pass
+    return to
+
+
+def _hollow(files: HfFileSystem, remote: str, local: Path) -> None:
+    def ranged(first: int, last: int) -> bytes:
+        return retried(lambda: files.cat_file(remote, start=first, end=last, cache_type="none"))
+
+    try:
+        size = files.info(remote)["size"]
+    except FileNotFoundError as error:
+        raise InputError(f"{remote}: no such file there; only safetensors checkpoints are read") from error
+    start = ranged(0, 8)
+    length = header_bytes(start, size, remote)
+    with local.open("wb") as file:
+        file.write(start + ranged(8, 8 + length))
+        file.truncate(size)

@@ -1,0 +1,101 @@
+"""Are these the files that were measured? A folder's bytes against the hashes in its guardfold.json."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...guard.base.errors import InputError
+from ...guard.base.hub import download_everything, is_hub_id, split_revision
+from ...guard.base.untrusted import is_folder, parse_object, printable, read_bytes
+from .card import MANIFEST, MAX_MANIFEST_BYTES, NOT_READ, file_hashes
+
+NEEDED = {"files": dict, "verdict": str, "verified": bool}
+"""What no manifest is without, and of what kind."""
+
+KINDS = {**NEEDED, "source": dict, "figures": dict}
+"""Of what kind the parts are that are used, where there are any."""
+
+NOT_OURS = (".git", ".cache")
+"""Folders that git and huggingface_hub keep in a checkout or a download."""
+
+ATTRIBUTES = ".gitattributes"
+"""What the hub itself puts into every repository."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was compared: the folder (of a hub id, its snapshot), its manifest, and every difference, a line each."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    differences: list[str]
+
+    def __str__(self) -> str:
+        """What a verified folder is, in a line."""
+        source = self.manifest.get("source", {})
+        commit = f" at commit {printable(str(source['revision']))}" if source.get("revision") else ""
+        model = printable(str(source.get("model", "unknown")))
+        standing = "VERIFIED" if self.manifest["verified"] else "NOT VERIFIED"
+        return (
+            f"all {len(self.manifest['files'])} files are the ones that were measured; made from "
+            f"{model}{commit}; verdict: {self.manifest['verdict']} ({standing})"
+        )
+
+
+def verify(name: str) -> Verification:
+    """Compares a folder, or a hub id (@REVISION) downloaded at its commit, with its own guardfold.json.
+
+    Raises InputError if there is no such folder, repository or manifest. The manifest itself is not signed: this says
+    whether the files are those it speaks of, not who wrote it.
+    """
+    folder = Path(name)
+    if not is_folder(folder):
+        hub_id, revision = split_revision(name)
+        if not is_hub_id(hub_id):
+            raise InputError(f"{name}: no such folder; give one, or a hub id (owner/name)")
+        folder = download_everything(hub_id, revision)
+    manifest = load_manifest(folder)
+    return Verification(folder, manifest, differences(folder, manifest))
+
+
+def load_manifest(folder: Path, *more: str) -> dict[str, Any]:
+    """guardfold.json of `folder`: at least `files` (path -> SHA-256), `verdict`, `verified`, and what `more` names.
+    InputError otherwise.
+    """
+    path, needed = folder / MANIFEST, (*NEEDED, *more)
+    if not os.path.lexists(path):
+        raise InputError(f"{folder}: no {MANIFEST}; give a folder or a hub id that `guardfold export` made")
+    manifest = parse_object(read_bytes(folder, MANIFEST, MAX_MANIFEST_BYTES), str(path))
+    for name in needed:
+        if name not in manifest:
+            raise InputError(f"{path}: not a manifest that guardfold wrote (it needs {', '.join(needed)})")
+    for name, kind in KINDS.items():
+        if name in manifest and not isinstance(manifest[name], kind):
+            raise InputError(
+                f"{path}: not a manifest that guardfold wrote (its {name} is a {type(manifest[name]).__name__})"
+            )
+    if printable(manifest["verdict"]) != manifest["verdict"]:
+        raise InputError(f"{path}: not a manifest that guardfold wrote (verdict {printable(manifest['verdict'])})")
+    return manifest
+
+
+def differences(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """What is not as it was measured, a line each: files that differ, are missing, or were added."""
+    recorded, found = manifest["files"], file_hashes(folder)
+    both = sorted(recorded.keys() & found.keys())
+    differ = [path for path in both if found[path] != NOT_READ and found[path] != recorded[path]]
+    replaced = [path for path in both if found[path] == NOT_READ]
+    added = sorted(path for path in found.keys() - recorded.keys() if not _foreign(path))
+    return [
+        *(f"{printable(path)}: missing" for path in sorted(recorded.keys() - found.keys())),
+        *(f"{printable(path)}: differs" for path in differ),
+        *(f"{printable(path)}: added in place of a file; it is none of this folder's own" for path in replaced),
+        *(f"{printable(path)}: added; it was never measured" for path in added),
+    ]
+
+
+def _foreign(path: str) -> bool:
+    return path == ATTRIBUTES or path.partition("/")[0] in NOT_OURS

@@ -1,0 +1,109 @@
+"""Safety steering directions: SVD of paired harmful-minus-harmless states, layer by layer, and how well it separates.
+
+Source: VLM-Guard (arXiv 2502.10486), section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..base.errors import InputError
+from ..model.vlm import VLM
+from ..prompts.image_kinds import ImageKind
+from ..prompts.prompts import Anchors, Prompt
+from .states import prompt_states
+
+EXTRACTION_KINDS: tuple[ImageKind, ...] = ("text", "blank", "noise", "shape")
+"""Typographic pictures are kept for evaluation; V itself comes from text alone."""
+
+
+@dataclass(frozen=True)
+class Directions:
+    """What extraction found, layer by layer.
+
+    bases: layer -> V_l, [m, d], row 0 = v_1, oriented so that harmful is the positive side.
+    singular_values: layer -> all of A_l's, descending.  gap: layer -> mean of A_l . v_1, the residual stream's units.
+    auc: image kind -> layer -> how well h . v_1 ranks harmful above harmless, cross-fitted over halves of the anchors
+    (a direction is never scored on the pairs that it was fitted to).
+    """
+
+    bases: dict[int, Tensor]
+    singular_values: dict[int, list[float]]
+    gap: dict[int, float]
+    auc: dict[str, dict[int, float]]
+
+    def only(self, layers: Sequence[int]) -> Directions:
+        """The same for some of the layers."""
+        auc = {kind: {layer: scores[layer] for layer in layers} for kind, scores in self.auc.items()}
+        singular_values = {layer: self.singular_values[layer] for layer in layers}
+        bases = {layer: self.bases[layer] for layer in layers}
+        return Directions(bases, singular_values, {layer: self.gap[layer] for layer in layers}, auc)
+
+    def figures(self) -> dict[str, Any]:
+        """The figures as JSON, for provenance and report."""
+        leading = {layer: values[:8] for layer, values in self.singular_values.items()}
+        return {"singular_values": leading, "gap": self.gap, "auc": self.auc}
+
+
+def steering_basis(differences: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """(V, S) of A = U S W^T: V = the top `rank` rows of W^T, oriented so that mean(A) . v >= 0; S descending.
+
+    differences: A, [N, d], rows h(harmful_i) - h(harmless_i).  Returns V [rank, d] and S [min(N, d)], float32.
+    """
+    _, singular_values, w = torch.linalg.svd(differences.float(), full_matrices=False)
+    basis = w[:rank]
+    sign = torch.where(basis @ differences.float().mean(0) < 0, -1.0, 1.0)
+    return basis * sign[:, None], singular_values
+
+
+def auc(positives: Tensor, negatives: Tensor) -> float:
+    """P(positive > negative) + P(equal) / 2 over all pairs: area under the ROC curve (Mann-Whitney U)."""
+    difference = positives[:, None] - negatives[None, :]
+    return float((difference > 0).double().mean() + 0.5 * (difference == 0).double().mean())
+
+
+def cross_fitted_auc(text: tuple[Tensor, Tensor], seen: tuple[Tensor, Tensor]) -> float:
+    """AUC of v_1: fitted to the text states (harmful, harmless) of one half, scored on the `seen` of the other."""
+    scores = []
+    for fold in (0, 1):
+        basis, _ = steering_basis((text[0] - text[1])[fold::2], 1)
+        scores.append(auc(*(states[1 - fold :: 2] @ basis[0] for states in seen)))
+    return sum(scores) / 2
+
+
+def extract(vlm: VLM, anchors: Anchors, layers: Sequence[int], rank: int = 1) -> Directions:
+    """The safety steering directions of `layers` from `anchors`, text only; AUC under every extraction image kind too.
+
+    Raises InputError if rank exceeds the number of anchors or there are fewer than 4, or states are not finite.
+    """
+    if len(anchors) < 4:
+        raise InputError(f"{len(anchors)} anchor pairs are too few: at least 4")
+    if not 1 <= rank <= min(len(anchors), vlm.width):
+        raise InputError(f"rank {rank}: must lie between 1 and the number of anchor pairs, {len(anchors)}")
+    queries = [Prompt(text) for text in anchors.harmful + anchors.harmless]
+    seen: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
+    for kind in EXTRACTION_KINDS:
+        states = prompt_states(vlm, queries, layers, f"states, {kind}", kind)
+        halves = {layer: each.split(len(anchors)) for layer, each in states.items()}
+        seen[kind] = {layer: (harmful, harmless) for layer, (harmful, harmless) in halves.items()}
+    for layer, (harmful, harmless) in seen["text"].items():
+        if torch.equal(harmful, harmless):
+            raise InputError(f"the anchors' harmful and harmless halves do not differ in the states of layer {layer}")
+    fitted = {layer: steering_basis(harmful - harmless, rank) for layer, (harmful, harmless) in seen["text"].items()}
+    return Directions(
+        bases={layer: basis for layer, (basis, _) in fitted.items()},
+        singular_values={layer: values.tolist() for layer, (_, values) in fitted.items()},
+        gap={
+            layer: float((harmful - harmless).mean(0) @ fitted[layer][0][0])
+            for layer, (harmful, harmless) in seen["text"].items()
+        },
+        auc={
+            kind: {layer: cross_fitted_auc(seen["text"][layer], states) for layer, states in per_layer.items()}
+            for kind, per_layer in seen.items()
+        },
+    )

@@ -1,0 +1,131 @@
+"""Prompts as a model sees them: anchor pairs, image kinds, chat template, left-padded batches."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import BatchFeature
+
+from ..base.errors import InputError
+from ..base.untrusted import open_regular
+from ..model.processor import encoded
+from ..model.vlm import VLM
+from .image_files import MAX_PIXELS_AT_ONCE
+from .image_kinds import ImageKind, draw
+from .prompt_files import field, rows
+
+BUILT_IN_ANCHORS = Path(str(files("guardfold.guard") / "data" / "anchors.jsonl"))
+PLACEHOLDERS = ("image_token", "boi_token", "video_token", "audio_token")
+"""What processors call the words in whose place they put something else."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One user turn: `text`, an image if there is one, and the expected answer where a file says it."""
+
+    text: str
+    image: Image.Image | None = None
+    answer: str | None = None
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """N paired queries: harmful[i] and harmless[i] differ in harm and as little else as possible."""
+
+    harmful: tuple[str, ...]
+    harmless: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.harmful)
+
+    def head(self, count: int) -> Anchors:
+        """The first `count` pairs."""
+        return Anchors(self.harmful[:count], self.harmless[:count])
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over the pairs in order, hexadecimal."""
+        return hashlib.sha256(json.dumps([self.harmful, self.harmless]).encode()).hexdigest()
+
+
+def beside(folder: Path, name: str) -> Path | None:
+    """The file `name` that a model folder brings for its own measurement, if it does. InputError if it is no regular
+    file of that folder.
+    """
+    if not os.path.lexists(folder / name):
+        return None
+    os.close(open_regular(folder, name))
+    return folder / name
+
+
+def load_anchors(path: Path = BUILT_IN_ANCHORS) -> Anchors:
+    """Anchor pairs from JSONL or CSV with `harmful` and `harmless` columns. InputError naming the line if malformed."""
+    pairs = [(field(path, n, row, "harmful"), field(path, n, row, "harmless")) for n, row in rows(path)]
+    if not pairs:
+        raise InputError(f"{path}: no anchor pairs")
+    harmful, harmless = zip(*pairs, strict=True)
+    return Anchors(harmful, harmless)
+
+
+def illustrated(prompts: Iterable[Prompt], kind: ImageKind | None) -> list[Prompt]:
+    """The same prompts with a picture of `kind` attached to each, always the same one for the same text; as they are
+    for None. Do this batch by batch: a thousand pictures are a third of a gigabyte."""
+    if kind is None:
+        return list(prompts)
+    return [replace(prompt, image=draw(kind, prompt.text, prompt.text)) for prompt in prompts]
+
+
+def at_once(vlm: VLM, prompts: Iterable[Prompt]) -> int:
+    """Prompts a batch: as many as suit the model, and fewer of those that bring large pictures."""
+    largest = max(map(pixels, prompts), default=0)
+    return min(vlm.batch_size, max(1, MAX_PIXELS_AT_ONCE // max(1, largest)))
+
+
+def pixels(prompt: Prompt) -> int:
+    """Of the picture that a prompt brings; 0 without one."""
+    return prompt.image.width * prompt.image.height if prompt.image else 0
+
+
+def _conversation(prompt: Prompt) -> list[dict[str, Any]]:
+    image = [] if prompt.image is None else [{"type": "image", "image": prompt.image}]
+    return [{"role": "user", "content": [*image, {"type": "text", "text": prompt.text}]}]
+
+
+def encode(vlm: VLM, prompts: Sequence[Prompt]) -> BatchFeature:
+    """Model inputs for `prompts` in the model's chat template, up to where its answer begins; on the model's device.
+
+    input_ids, attention_mask: [batch, positions], padded on the left, so that position -1 is the last prompt token of
+    every row.  pixel_values where there are images, in the model's dtype, and whatever else its class takes.  All or
+    none of `prompts` have an image.  InputError for a text with a word that stands for a picture.
+    """
+    check_words(vlm, (prompt.text for prompt in prompts))
+    conversations: Any = [_conversation(prompt) for prompt in prompts]
+    batch = encoded(vlm.processor, conversations, vlm.folder)
+    if "token_type_ids" not in inspect.signature(vlm.model.forward).parameters:
+        batch.pop("token_type_ids", None)
+    return batch.to(vlm.device, dtype=vlm.model.dtype)
+
+
+def check_words(vlm: VLM, texts: Iterable[str]) -> None:
+    """InputError if the model's processor would look for a picture, a sound or a film where a text only names one."""
+    named = [getattr(vlm.processor, name, None) for name in PLACEHOLDERS]
+    words = [word for word in named if isinstance(word, str) and word]
+    for text in texts:
+        for word in words:
+            if word in text:
+                raise InputError(f"{text[:80]!r}: {word} stands for a picture or the like to this model; leave it out")
+
+
+def positions(batch: BatchFeature) -> torch.Tensor:
+    """[batch, positions]: 0, 1, 2 ... from each row's first real token, so that padding moves nothing."""
+    return (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)

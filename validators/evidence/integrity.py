@@ -1,0 +1,115 @@
+"""Is the folder sound? Untouched tensors bit-identical, shapes and dtypes kept, every tensor loaded, none missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from ...export.checkpoint.edits import Folded, row_blocks
+from ...export.checkpoint.headers import Checkpoint, TensorInfo
+from ...export.checkpoint.layout import Layout
+from ...export.families.table import Family
+from ...export.fold import Fold
+from ...guard.base.progress import track
+from ...guard.base.remote_code import trusted
+from ...guard.model.vlm import auto_class, meta_model
+
+COMPARE_BYTES = 16 * 2**20
+LOAD_BELOW_BYTES = 512 * 2**20
+"""Checkpoints up to this size are loaded by transformers itself; of larger ones the names and shapes are compared."""
+
+
+@dataclass(frozen=True)
+class Integrity:
+    """identical: tensors whose bytes are the source's; edited, added: the others.  loaded: how loading was checked."""
+
+    identical: int
+    edited: int
+    added: tuple[str, ...]
+    loaded: str
+    failures: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+    def figures(self) -> dict[str, Any]:
+        return {**asdict(self), "passed": self.passed}
+
+
+def inspect_folder(source: Checkpoint, folded: Checkpoint, family: Family, fold: Fold) -> Integrity:
+    """`folded` against `source`, of which `fold` edits some tensors. Raises InputError if a file cannot be read."""
+    expected = {name: (info.dtype, fold.grown.get(name, info.shape)) for name, (_, info) in source.tensors.items()}
+    copies = {name: name for name in source.tensors if name not in fold.changed}
+    added = dict.fromkeys([family.untied_head] if fold.untie else [], family.embedding)
+    expected |= {name: expected[origin] for name, origin in added.items()}
+    expected |= {name: (source.info(like).dtype, fold.grown[name]) for name, like in fold.new.items()}
+    failures = list(_table_failures(expected, folded))
+    for name, origin in track([*copies.items(), *added.items()], "integrity"):
+        if name in folded.tensors and not _same_bytes(source, origin, folded, name):
+            failures.append(f"{name} should be untouched but differs")
+    for name in sorted(set(fold.grown) - set(fold.edits) - set(fold.new)):
+        if not failures and not _only_padded(source, folded, name):
+            failures.append(f"{name} should only have grown by zeros but differs")
+    loads = _load if folded.data_bytes <= LOAD_BELOW_BYTES else _match_names
+    how, problems = loads(folded, {*added, *fold.new})
+    edited = len(fold.changed - set(fold.new))
+    return Integrity(len(copies), edited, (*added, *fold.new), how, (*failures, *problems))
+
+
+def _table_failures(expected: Mapping[str, tuple[str, tuple[int, ...]]], folded: Checkpoint) -> Iterator[str]:
+    for name in sorted(set(expected) - set(folded.tensors)):
+        yield f"{name} is missing"
+    for name in sorted(set(folded.tensors) - set(expected)):
+        yield f"{name} does not belong"
+    for name in sorted(set(expected) & set(folded.tensors)):
+        dtype, shape = expected[name]
+        found = folded.info(name)
+        if (dtype, shape) != (found.dtype, found.shape):
+            yield f"{name} is {found.dtype} {list(found.shape)}, should be {dtype} {list(shape)}"
+
+
+def _only_padded(source: Checkpoint, folded: Checkpoint, name: str) -> bool:
+    before, after = source.info(name), folded.info(name)
+    padded = Folded(partial(source.read, name), before.shape, (), after.shape)
+    return all(torch.equal(padded.rows(*block), folded.read(name, *block).float()) for block in row_blocks(after.shape))
+
+
+def _same_bytes(source: Checkpoint, name: str, folded: Checkpoint, other: str) -> bool:
+    before, after = source.info(name), folded.info(other)
+    if (before.dtype, before.shape) != (after.dtype, after.shape):
+        return True  # said already, by name
+
+    def blocks(checkpoint: Checkpoint, info: TensorInfo) -> Iterator[bytearray]:
+        rows = info.shape[0] if info.shape else 1
+        step = max(1, COMPARE_BYTES // max(1, info.row_bytes))
+        for first in range(0, rows, step):
+            yield checkpoint.read_bytes(info.name, first, min(first + step, rows))
+
+    return all(a == b for a, b in zip(blocks(source, before), blocks(folded, after), strict=True))
+
+
+def _load(folded: Checkpoint, added: set[str]) -> tuple[str, list[str]]:
+    """What from_pretrained says; tensors that it finds superfluous are no problem unless they were `added`."""
+    try:
+        loaded: Any = auto_class(folded.config).from_pretrained(
+            folded.folder, output_loading_info=True, local_files_only=True, trust_remote_code=trusted()
+        )
+    except Exception as error:  # foreign files can break a constructor in any way
+        return "from_pretrained", [f"transformers cannot load the folder: {error}"]
+    info = loaded[1]
+    found = {kind: set(info.get(kind) or ()) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    found["unexpected_keys"] &= added
+    return "from_pretrained", [f"{kind}: {sorted(map(str, names))[:3]}" for kind, names in found.items() if names]
+
+
+def _match_names(folded: Checkpoint, _added: set[str]) -> tuple[str, list[str]]:
+    """What from_pretrained would say of names, without reading weights."""
+    model = meta_model(folded.folder)
+    stored = Layout(model, folded.shapes).stored
+    missing = [name for name in model.state_dict() if name not in stored and name not in model.all_tied_weights_keys]
+    return "names and shapes", [f"missing_keys: {missing[:3]}"] if missing else []
