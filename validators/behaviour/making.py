@@ -19,7 +19,7 @@ from ...guard.fitting.directions import Directions, extract
 from ...guard.fitting.transcripts import Usage
 from ...guard.guard import Guard, Intervention
 from ...guard.interventions.kinds import Gate, LinearGate, TwoPass
-from ...guard.model.roles import mlp_parts
+from ...guard.model.roles import mlp_parts, skipped_on_text
 from ...guard.model.vlm import VLM, load, threads_for
 from ...guard.presets.presets import (
     DEFAULT_LAYERS,
@@ -129,9 +129,7 @@ def _gated(
     """The best gate, or projection with gate, on the select part; the directions; and all that was found, as JSON."""
     if options.scope == "shared":
         raise InputError("--scope shared: a shared projection would erase what a gate writes; use --guard projection")
-    tried = [layer for layer in gate_layers(family.layers) if layer in family.mlps]
-    if not tried:
-        raise InputError(f"{family.model_type}: no upper layer has a dense MLP; a gate cannot be folded there")
+    tried = _gate_layers(vlm, family)
     directions = extract(vlm, parts["fit"].anchors, range(family.layers), options.rank)
     material = _material(vlm, family, parts, directions, tried, options)
     rates = FALSE_POSITIVE_RATES if options.false_positive_rate is None else (options.false_positive_rate,)
@@ -163,13 +161,20 @@ def _gated(
     return chosen.candidate.interventions, directions, found
 
 
+def _gate_layers(vlm: VLM, family: Family) -> list[int]:
+    """The layers tried for a gate: with a dense MLP, which every prompt passes. InputError if there is none."""
+    skipped = skipped_on_text(vlm.model)
+    tried = [layer for layer in gate_layers(family.layers) if layer in family.mlps and layer not in skipped]
+    if not tried:
+        raise InputError(f"{family.model_type}: no upper layer has a dense MLP; a gate cannot be folded there")
+    return tried
+
+
 def _linear(
     vlm: VLM, family: Family, parts: dict[Role, Part]
 ) -> tuple[tuple[Intervention, ...], Directions, dict[str, Any]]:
     """The best linear gate on the select part; the directions; and all that was found, as JSON."""
-    tried = [layer for layer in gate_layers(family.layers) if layer in family.mlps]
-    if not tried:
-        raise InputError(f"{family.model_type}: no upper layer has a dense MLP; a gate cannot be folded there")
+    tried = _gate_layers(vlm, family)
     directions = extract(vlm, parts["fit"].anchors, range(family.layers), 1)
     fit = examples(vlm, parts["fit"], tried, "fit", neurons=True)
     bench = Bench(vlm, parts["select"], PhraseJudge(refusal_text(vlm.folder)))

@@ -19,6 +19,7 @@ from ...guard.fitting.transcripts import answer, last_readings
 from ...guard.guard import Guard
 from ...guard.hooks import attached
 from ...guard.interventions.kinds import Gate, TwoPass
+from ...guard.model.roles import skipped_on_text
 from ...guard.model.vlm import VLM, load
 from ...guard.prompts.image_kinds import IMAGE_KINDS, ImageKind
 from ..behaviour.evaluation_prompts import Probes
@@ -61,7 +62,8 @@ class Sample:
 @dataclass(frozen=True)
 class Effects:
     """What the guard does inside, by image kind. kl: mean KL(original || with hooks) per token of benign answers, nats.
-    auc: how well its detector tells harmful probes from benign ones (empty without a gate).  projections: "harmful" and
+    auc: how well its detector tells harmful probes from benign ones (empty without a gate; without text where its layer
+    does not run on text).  projections: "harmful" and
     "benign" -> components of up to PROJECTED prompts' last states along v_1 of `layer`, without the guard.
     """
 
@@ -245,7 +247,7 @@ def _effects(vlm: VLM, guard: Guard, probes: Probes) -> Effects:
         divergence = Divergence(vlm, answer(vlm, probes.benign[:KL_PROMPTS], f"answers, {kind}", kind), "reading")
         with attached(vlm.model, guard):
             kl[kind] = divergence.of(vlm.model)
-        if gate:
+        if gate and (kind != "text" or gate.layer not in skipped_on_text(vlm.model)):
             harmful, benign = (
                 last_readings(vlm, prompts, kind, gate.layer, f"detector, {kind}") @ gate.detector
                 for prompts in (probes.harmful, probes.benign)
