@@ -29,7 +29,7 @@ from guardfold.export.fold import Fold, fold
 from guardfold.guard.base.errors import InputError
 from guardfold.guard.guard import Guard, Intervention
 from guardfold.guard.hooks import attached
-from guardfold.guard.interventions.kinds import SharedProjection, SublayerProjection
+from guardfold.guard.interventions import SharedProjection, SublayerProjection
 from guardfold.guard.model.vlm import auto_class, meta_model
 from guardfold.validators.evidence.leaks import leak_probe
 
