@@ -29,7 +29,7 @@ from ...guard.model.vlm import VLM
 from ...guard.presets.presets import Candidate
 from ...guard.prompts.image_kinds import ANCHOR_KINDS, COMPARED_KINDS, TEXT, ImageKind
 from ...guard.prompts.prompts import Prompt, encode, illustrated
-from ..evidence.divergence import Divergence
+from .divergence import Divergence
 from .judge import Judge
 from .measure import respond
 
