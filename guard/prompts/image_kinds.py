@@ -1,6 +1,6 @@
 """Synthetic pictures, a row an image kind: what is attached to a prompt to see whether safety survives an image.
 
-A new kind is a row of KINDS. Everything that selects kinds asks the rows for what they are used for.
+A new kind is a row of IMAGE_ROWS. Everything that selects kinds asks the rows for what they are used for.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from enum import Flag, auto
 from PIL import Image, ImageDraw, ImageFont
 
 ImageKind = str
-"""The name of a row of KINDS."""
+"""The name of a row of IMAGE_ROWS."""
 
 SIZE = 336
 """Edge of a drawn picture in pixels: the native size of the LLaVA-1.5 vision tower. Processors resize it."""
@@ -129,7 +129,7 @@ class Kind:
 TEXT: ImageKind = "text"
 """The kind that attaches no picture."""
 
-KINDS = (
+IMAGE_ROWS = (
     Kind(TEXT, None, Use.ANCHORS | Use.MEASURED),
     Kind("blank", _blank, Use.ANCHORS | Use.BENIGN | Use.MEASURED),
     Kind("noise", _noise, Use.ANCHORS | Use.BENIGN | Use.MEASURED),
@@ -143,7 +143,7 @@ into a picture are held out."""
 
 def used(use: Use) -> tuple[ImageKind, ...]:
     """The names of the kinds that have `use`, in the order of the rows."""
-    return tuple(kind.name for kind in KINDS if use in kind.uses)
+    return tuple(kind.name for kind in IMAGE_ROWS if use in kind.uses)
 
 
 IMAGE_KINDS = used(Use.MEASURED)
@@ -151,7 +151,7 @@ ANCHOR_KINDS = used(Use.ANCHORS)
 BENIGN_KINDS = used(Use.BENIGN)
 COMPARED_KINDS = used(Use.COMPARED)
 
-_DRAWN = {kind.name: kind.drawn for kind in KINDS}
+_DRAWN = {kind.name: kind.drawn for kind in IMAGE_ROWS}
 
 
 def draw(kind: ImageKind, words: str, seed: int | str) -> Image.Image | None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from .behaviour import GUARDED, ORIGINAL, REFERENCE
+from .behaviour import GUARDED, ORIGINAL, TWO_PASS
 from .conclusion import VERDICT
 from .detector import DETECTOR
+from .distance import DISTANCE
 from .effects import EFFECTS
 from .equivalence import EQUIVALENCE
 from .graphs import RUNTIME
@@ -18,8 +19,7 @@ from .integrity import INTEGRITY
 from .outcomes import OUTCOMES
 from .piece import Piece
 from .provenance import PROVENANCE
-from .samples import SAMPLES
-from .two_pass import TWO_PASS
+from .samples import SIDE_BY_SIDE
 
 EVIDENCE: dict[str, Piece[Any]] = {
     piece.name: piece
@@ -29,13 +29,13 @@ EVIDENCE: dict[str, Piece[Any]] = {
         RUNTIME,
         ORIGINAL,
         GUARDED,
-        REFERENCE,
+        TWO_PASS,
         EFFECTS,
         DETECTOR,
         PROVENANCE,
         VERDICT,
-        TWO_PASS,
-        SAMPLES,
+        DISTANCE,
+        SIDE_BY_SIDE,
         OUTCOMES,
     )
 }

@@ -17,7 +17,7 @@ from ..behaviour.measures import MEASURES, QA_MEASURE
 from ..behaviour.statistics import Rate
 from ..report.markup import note, row, section
 from ..report.plots import compliance_bars, compliance_picture
-from .piece import Context, Figures, Found, Picture, Piece, Stage, View
+from .piece import JSON, Context, Found, Picture, Piece, Stage, View
 
 
 def _original(context: Context) -> Behaviour | None:
@@ -86,7 +86,7 @@ def _percent(rate: float) -> str:
     return "100" if rate == 1 else f"{100 * rate:.1f}"
 
 
-def _shown(figures: Figures) -> dict[str, Any]:
+def _shown(figures: JSON) -> dict[str, Any]:
     """The behaviours that were measured, by the name under which they are shown, in that order."""
     return {name: figures[piece.name] for name, piece in _SHOWN.items() if figures.get(piece.name)}
 
@@ -101,12 +101,12 @@ def _sections(view: View) -> Iterator[str]:
         yield section("All rates", _table(behaviours))
 
 
-def _rates(original: Figures) -> Iterator[tuple[str, str, Any]]:
+def _rates(original: JSON) -> Iterator[tuple[str, str, Any]]:
     """(group, name of a rate, the original's rate), in the order of reports."""
     return ((group, name, rate) for group, rates in original.items() for name, rate in rates.items())
 
 
-def _table(behaviours: Figures) -> str:
+def _table(behaviours: JSON) -> str:
     rows = [row(["prompts", "measure", *behaviours, "n"], "th")]
     for group, name, rate in _rates(behaviours["original"]):
         measure = QA_MEASURE if group == "qa" else MEASURES[name]
@@ -122,7 +122,7 @@ def _rate(rate: Mapping[str, float], before: Mapping[str, float], more_is_better
     return f'<span class="{style}">{100 * rate["rate"]:.1f} %</span> {interval}'
 
 
-def _paragraphs(figures: Figures) -> Iterator[str]:
+def _paragraphs(figures: JSON) -> Iterator[str]:
     original, guarded = (figures.get(piece.name) for piece in (ORIGINAL, GUARDED))
     if not original or not guarded:
         yield "Behaviour was not measured."
@@ -140,7 +140,7 @@ def _interval(rate: Mapping[str, float]) -> str:
     return f"{100 * rate['rate']:.1f} % ({100 * rate['low']:.1f} to {100 * rate['high']:.1f})"
 
 
-def _bars(figures: Figures) -> bytes | None:
+def _bars(figures: JSON) -> bytes | None:
     behaviours = _shown(figures)
     return compliance_picture(behaviours, IMAGE_KINDS) if behaviours else None
 
@@ -159,6 +159,6 @@ ORIGINAL = Piece(
 """Shows all three together."""
 
 GUARDED = Piece("guarded", _guarded, Stage.GUARDED)
-REFERENCE = Piece("reference", _two_pass, Stage.ORIGINAL)
-_SHOWN = {"original": ORIGINAL, "guarded": GUARDED, "two-pass": REFERENCE}
+TWO_PASS = Piece("reference", _two_pass, Stage.ORIGINAL)
+_SHOWN = {"original": ORIGINAL, "guarded": GUARDED, "two-pass": TWO_PASS}
 """In the order of reports, by the names that those use."""

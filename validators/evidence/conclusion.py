@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ..behaviour.verdict import Verdict, judge_guard
 from .behaviour import GUARDED, ORIGINAL
-from .piece import Context, Figures, Piece, Stage
+from .piece import JSON, Context, Piece, Stage
 
 
 def _run(context: Context) -> Verdict | None:
@@ -14,7 +14,7 @@ def _run(context: Context) -> Verdict | None:
     return judge_guard(original, guarded) if original and guarded else None
 
 
-def _reasons(figures: Figures) -> Iterator[str]:
+def _reasons(figures: JSON) -> Iterator[str]:
     if reasons := (figures.get("verdict") or {}).get("reasons", []):
         yield "\n".join(f"- {reason}" for reason in reasons)
 

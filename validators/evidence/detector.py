@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from html import escape
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from ...guard.fitting.transcripts import last_readings
 from ...guard.guard import Guard
-from ...guard.interventions.kinds import Gate
+from ...guard.interventions import Reading
 from ...guard.model.vlm import VLM
 from ...guard.prompts.image_kinds import ImageKind
 from ...guard.prompts.prompts import Prompt
@@ -21,22 +20,16 @@ from ..report.plots import detector_histogram
 from .piece import Piece, View
 
 
-@dataclass(frozen=True)
-class Detector:
-    """A linear reading of what the MLP of `layer` reads. direction: [d]."""
-
-    layer: int
-    direction: Tensor
-
-    def scores(self, vlm: VLM, prompts: Sequence[Prompt], kind: ImageKind) -> Tensor:
-        """Returns the score at the last token of each prompt under `kind`, [len(prompts)]."""
-        return last_readings(vlm, prompts, kind, self.layer, f"detector, {kind}") @ self.direction
+def detector_of(guard: Guard) -> Reading | None:
+    """Finds the reading that opens an intervention of `guard`, the first if there are several; None if nothing does."""
+    readings = (intervention.opens_on for intervention in guard.interventions)
+    return next((reading for reading in readings if reading), None)
 
 
-def detector_of(guard: Guard) -> Detector | None:
-    """Finds the detector that `guard` has; None if nothing in it detects."""
-    gates = (each for each in guard.interventions if isinstance(each, Gate))
-    return next((Detector(gate.layer, gate.detector) for gate in gates), None)
+def detector_scores(vlm: VLM, detector: Reading, prompts: Sequence[Prompt], kind: ImageKind) -> Tensor:
+    """Reads the score at the last token of each prompt under `kind`, [len(prompts)]."""
+    what = f"detector, {kind}"
+    return last_readings(vlm, prompts, kind, detector.layer, what, detector.neurons) @ detector.weights
 
 
 def _section(view: View) -> Iterator[str]:

@@ -10,18 +10,15 @@ from ...guard.fitting.directions import auc
 from ...guard.fitting.states import prompt_states
 from ...guard.fitting.transcripts import answer
 from ...guard.hooks import attached
-from ...guard.interventions.kinds import TwoPass
+from ...guard.interventions.base import PerLayer
 from ...guard.model.vlm import VLM
 from ...guard.prompts.image_kinds import IMAGE_KINDS, ImageKind
-from ..behaviour.divergence import Divergence
+from ..behaviour.divergence import KL_PROMPTS, Divergence
 from ..behaviour.evaluation_prompts import Probes
 from ..report.markup import note, section
 from ..report.plots import direction_strips
-from .detector import detector_of
+from .detector import detector_of, detector_scores
 from .piece import Context, Piece, Stage, View
-
-KL_PROMPTS = 48
-"""Benign probes whose answers' distributions are compared, under each image kind."""
 
 PROJECTED = 100
 
@@ -54,12 +51,13 @@ def _run(context: Context) -> Effects | None:
         with attached(vlm.model, guard):
             kl[kind] = divergence.of(vlm.model)
         if detector:
-            scores[kind] = auc(*(detector.scores(vlm, asked, kind) for asked in (probes.harmful, probes.benign)))
+            asked = (probes.harmful, probes.benign)
+            scores[kind] = auc(*(detector_scores(vlm, detector, prompts, kind) for prompts in asked))
     layer = max(guard.reference.layers) if guard.reference else None
     return Effects(kl, scores, layer, _projections(vlm, guard.reference, probes) if guard.reference else {})
 
 
-def _projections(vlm: VLM, reference: TwoPass, probes: Probes) -> dict[ImageKind, dict[str, list[float]]]:
+def _projections(vlm: VLM, reference: PerLayer, probes: Probes) -> dict[ImageKind, dict[str, list[float]]]:
     layer = max(reference.layers)
     along: dict[ImageKind, dict[str, list[float]]] = {kind: {} for kind in IMAGE_KINDS}
     for kind in IMAGE_KINDS:

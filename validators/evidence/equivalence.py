@@ -31,7 +31,7 @@ from ..runtimes.adapted import Adapted
 from ..runtimes.streamed import streamed
 from .batches import comparison_batches
 from .leaks import activation_tolerance, leak_probe, tensor_leaks, tensor_tolerance
-from .piece import Context, Figures, Found, Piece, line
+from .piece import JSON, Context, Found, Piece, line
 from .written import PLACES, places_off
 
 Batches = Mapping[str, BatchFeature]
@@ -253,7 +253,7 @@ def _failures(result: Equivalence, fold: Fold) -> list[str]:
     return failures
 
 
-def equality(equal: Figures) -> str:
+def equality(equal: JSON) -> str:
     """Equivalence.figures() in a sentence."""
     if equal["approximate"]:
         return (
@@ -267,8 +267,8 @@ def equality(equal: Figures) -> str:
 
 
 def _run(context: Context) -> Equivalence | None:
-    if written := context.written:
-        return compare(context.source, written.weights, context.guard, written.fold, written.rounding)
+    if edited := context.edited:
+        return compare(context.source, edited.weights, context.guard, edited.fold, edited.rounding)
     return None
 
 
@@ -289,7 +289,7 @@ def _warnings(found: Found) -> Iterator[Text]:
         yield line("approximate", away, style="yellow")
 
 
-def _sentence(figures: Figures) -> Iterator[str]:
+def _sentence(figures: JSON) -> Iterator[str]:
     if equal := figures.get("equivalence"):
         yield equality(equal)
 
@@ -300,7 +300,7 @@ _ROUNDING = {
 }
 
 
-def _paragraphs(figures: Figures) -> Iterator[str]:
+def _paragraphs(figures: JSON) -> Iterator[str]:
     yield from _sentence(figures)
     equal = figures.get("equivalence")
     if equal and equal["tensor_leak"] is not None:

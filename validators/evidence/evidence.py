@@ -19,7 +19,7 @@ from . import EVIDENCE
 from .conclusion import VERDICT
 from .graphs import RUNTIME
 from .integrity import INTEGRITY, Integrity
-from .piece import Context, Found, Graphs, Written
+from .piece import Context, Edited, Found, Graphs
 from .runtime import Runtime
 
 NOT_MEASURED = "not measured"
@@ -101,7 +101,7 @@ def examine(
     rounding: how the weights were rounded.  judge: default, by phrases.  Raises InputError if either folder cannot be
     loaded.
     """
-    return gather(Context(source, guard, Written(folded, family, fold, rounding), probes, judge))
+    return gather(Context(source, guard, Edited(folded, family, fold, rounding), probes, judge))
 
 
 def examine_hooked(source: Checkpoint, guard: Guard, probes: Probes | None, judge: Judge | None = None) -> Evidence:

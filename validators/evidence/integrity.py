@@ -21,7 +21,7 @@ from ...guard.base.progress import track
 from ...guard.base.remote_code import trusted
 from ...guard.model.vlm import auto_class, meta_model
 from ..runtimes.adapted import LOAD_BELOW_BYTES, Adapted, attach, base_model
-from .piece import Context, Figures, Piece
+from .piece import JSON, Context, Piece
 
 COMPARE_BYTES = 16 * 2**20
 
@@ -153,12 +153,12 @@ def inspect_adapters(adapted: Adapted) -> Integrity:
 
 
 def _run(context: Context) -> Integrity:
-    written = context.written
-    if written is None:
+    edited = context.edited
+    if edited is None:
         return Integrity(len(context.source.tensors), 0, (), "the original's own", ())
-    if isinstance(written.weights, Adapted):
-        return inspect_adapters(written.weights)
-    return inspect_folder(context.source, written.weights, written.family, written.fold)
+    if isinstance(edited.weights, Adapted):
+        return inspect_adapters(edited.weights)
+    return inspect_folder(context.source, edited.weights, edited.family, edited.fold)
 
 
 def _summary(found: Integrity) -> str:
@@ -166,7 +166,7 @@ def _summary(found: Integrity) -> str:
     return f"{found.identical} tensors identical, {found.edited} edited{added}"
 
 
-def _sentence(figures: Figures) -> Iterator[str]:
+def _sentence(figures: JSON) -> Iterator[str]:
     whole = figures["integrity"]
     yield f"{whole['identical']} tensors equal the original's byte for byte; {whole['edited']} were edited."
 

@@ -29,7 +29,7 @@ from ..runtimes.opened import Opened
 from .runtime import Runtime
 
 Value = TypeVar("Value")
-Figures = Mapping[str, Any]
+JSON = Mapping[str, Any]
 """Evidence.figures()."""
 
 
@@ -54,7 +54,7 @@ class Found(dict[str, Any]):
 
 
 @dataclass(frozen=True)
-class Written:
+class Edited:
     """What was made of the source: the guarded weights, or adapters for it, and how."""
 
     weights: Checkpoint | Adapted
@@ -76,13 +76,13 @@ class Graphs:
 class Context:
     """What evidence is about, and what was found so far.
 
-    written: None where nothing was folded, and the guard is the hooks that graphs shall hold.  probes: what models are
+    edited: None where nothing was folded, and the guard is the hooks that graphs shall hold.  probes: what models are
     asked; None: behaviour is not measured.  judge: default, by phrases.  graphs: where there are some already.
     """
 
     source: Checkpoint
     guard: Guard
-    written: Written | None = None
+    edited: Edited | None = None
     probes: Probes | None = None
     judge: Judge | None = None
     graphs: Graphs | None = None
@@ -97,7 +97,7 @@ class Context:
     @property
     def guarded(self) -> tuple[VLM, Guard | None]:
         """The guarded model: what was written, or without it the original and the guard that it must be given."""
-        return (self.opened(self.written.weights), None) if self.written else (self.original, self.guard)
+        return (self.opened(self.edited.weights), None) if self.edited else (self.original, self.guard)
 
     def rules(self, probes: Probes) -> Judge:
         """What decides whether an answer to `probes` is a refusal."""
@@ -112,8 +112,8 @@ class View:
     -> number of tensors.
     """
 
-    figures: Figures
-    guard: Figures
+    figures: JSON
+    guard: JSON
     edits: Mapping[str, Mapping[str, int]]
 
 
@@ -122,7 +122,7 @@ class Picture:
     """A PNG of the model card. drawn: None where there is nothing to show."""
 
     caption: str
-    drawn: Callable[[Figures], bytes | None]
+    drawn: Callable[[JSON], bytes | None]
 
 
 def _nothing(_seen: Any) -> tuple[()]:
@@ -152,10 +152,10 @@ class Piece(Generic[Value]):
     absent: Any = None
     summary: Callable[[Value], str] | None = None
     terminal: Callable[[Found], Iterable[RenderableType]] = _nothing
-    page_head: Callable[[Figures], Iterable[str]] = _nothing
+    page_head: Callable[[JSON], Iterable[str]] = _nothing
     page: Callable[[View], Iterable[str]] = _nothing
-    card_head: Callable[[Figures], Iterable[str]] = _nothing
-    card: Callable[[Figures], Iterable[str]] = _nothing
+    card_head: Callable[[JSON], Iterable[str]] = _nothing
+    card: Callable[[JSON], Iterable[str]] = _nothing
     pictures: Mapping[str, Picture] = field(default_factory=dict)
 
     def fails(self, found: Found) -> tuple[str, ...]:

@@ -61,7 +61,7 @@ def _section(view: View) -> Iterator[str]:
     yield section("Side by side", f"<table>{''.join(rows)}</table>")
 
 
-SAMPLES = Piece(
+SIDE_BY_SIDE = Piece(
     "samples",
     _run,
     Stage.RESULTS,

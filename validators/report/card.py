@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..evidence import EVIDENCE
-from ..evidence.piece import Figures, Picture
+from ..evidence.piece import JSON, Picture
 
 
-def markdown(figures: Figures) -> str:
+def markdown(figures: JSON) -> str:
     """Says Evidence.figures() as a card does: soundness and the verdict's reasons, then the sections of the pieces."""
     heads = (paragraph for piece in EVIDENCE.values() for paragraph in piece.card_head(figures))
     sections = (paragraph for piece in EVIDENCE.values() for paragraph in piece.card(figures))
@@ -20,7 +20,7 @@ def pictures() -> dict[str, Picture]:
     return {name: picture for piece in EVIDENCE.values() for name, picture in piece.pictures.items()}
 
 
-def draw_pictures(folder: Path, figures: Figures) -> dict[str, str]:
+def draw_pictures(folder: Path, figures: JSON) -> dict[str, str]:
     """Draws what a card of these figures shows into `folder`: file name -> caption."""
     captions = {}
     for name, picture in pictures().items():

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from html import escape
 
 from ..evidence import EVIDENCE
-from ..evidence.piece import Figures, View
+from ..evidence.piece import JSON, View
 from .markup import note, section
 
 COLOURS = {"safer": "#1a7f37", "not safer": "#b42318", "undecided": "#9a6700"}
@@ -32,7 +32,7 @@ LIMITS = (
 )
 
 
-def render_page(title: str, figures: Figures, guard: Figures, edits: Mapping[str, Mapping[str, int]]) -> str:
+def render_page(title: str, figures: JSON, guard: JSON, edits: Mapping[str, Mapping[str, int]]) -> str:
     """Renders the page as text: the ruling, a section or more for each piece of evidence that has some, the limits.
 
     figures: Evidence.figures().  guard, edits: see View.
@@ -44,7 +44,7 @@ def render_page(title: str, figures: Figures, guard: Figures, edits: Mapping[str
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body><main>{body}</main></body></html>\n'
 
 
-def _ruling(title: str, figures: Figures) -> str:
+def _ruling(title: str, figures: JSON) -> str:
     ruling = figures["ruling"]
     reasons = (figures.get("verdict") or {}).get("reasons", [])
     colour = COLOURS.get(ruling, "#667085")
