@@ -158,8 +158,9 @@ def test_counts() -> None:
 
 def test_the_readme_counts_what_is_there() -> None:
     readme = read("guardfold.guard", "README.md")
-    for name, rows in {"anchors": f"{len(ANCHORS)} pairs", "benign": f"{len(BENIGN):,}", "probes": f"{len(PROBES):,}"}.items():
-        assert re.search(rf"^\| `\w+/data/{name}\.jsonl` \| {rows} \|", readme, re.M), (name, rows)
+    rows = {"anchors": f"{len(ANCHORS)} pairs", "benign": f"{len(BENIGN):,}", "probes": f"{len(PROBES):,}"}
+    for name, count in rows.items():
+        assert re.search(rf"^\| `\w+/data/{name}\.jsonl` \| {count} \|", readme, re.M), name
     assert f"{len(TEXTS['probes_harmful'])} harmful" in readme
     assert f"{len(TEXTS['probes_benign'])} benign" in readme
     for kind, count in Counter(row["kind"] for row in BENIGN).items():
