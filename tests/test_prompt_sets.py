@@ -3,11 +3,9 @@ measures it stay apart."""
 
 import importlib.resources
 import json
-import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from math import log
 from typing import Any
 
 import pytest
@@ -106,27 +104,15 @@ def auc(positive: Sequence[float], negative: Sequence[float]) -> float:
     return above / (len(positive) * len(negative))
 
 
-def opening_scores(rows: Sequence[dict[str, Any]], folds: int = 10) -> list[float]:
-    """How much the first two words of each row's text speak for harm, learned from the other folds.
+def opening_scores(rows: Sequence[dict[str, Any]]) -> list[float]:
+    """For each row, the share of harm among the rows that begin with the same two words.
 
-    Log odds of the first two words together, backed off to the first alone and that to the whole: each level is
-    smoothed by one count spread as the level below says.
+    No classifier that sees two words ranks these rows better; one that has not seen them ranks them worse.
     """
-    order = random.Random(0).sample(range(len(rows)), len(rows))
-    scores = [0.0] * len(rows)
-    for fold in range(folds):
-        held_out = set(order[fold::folds])
-        seen: Counter[tuple[bool, tuple[str, ...]]] = Counter()
-        for row in (rows[i] for i in range(len(rows)) if i not in held_out):
-            seen.update((row["harmful"], tuple(words(row["text"])[:n])) for n in range(3))
-        for i in held_out:
-            share = 0.5
-            for n in range(3):
-                opening = tuple(words(rows[i]["text"])[:n])
-                harmful, benign = seen[True, opening], seen[False, opening]
-                share = (harmful + share) / (harmful + benign + 1)
-            scores[i] = log(share / (1 - share))
-    return scores
+    openings = [tuple(words(row["text"])[:2]) for row in rows]
+    total = Counter(openings)
+    harmful = Counter(opening for opening, row in zip(openings, rows, strict=True) if row["harmful"])
+    return [harmful[opening] / total[opening] for opening in openings]
 
 
 def by_harm(values: Iterable[float]) -> tuple[list[float], list[float]]:
@@ -142,9 +128,8 @@ def test_measures() -> None:
         tuple(run.split()) for run in ("to boil an egg", "boil an egg at", "an egg at home")
     }
     assert auc([3, 2], [1, 2]) == 0.875
-    told = [{"text": f"{'steal' if i % 2 else 'buy'} it {i}", "harmful": bool(i % 2)} for i in range(60)]
-    scores = opening_scores(told)
-    assert auc(scores[1::2], scores[::2]) == 1
+    texts = {"Steal it all": True, "Steal it": False, "Buy it now": False}
+    assert opening_scores([{"text": t, "harmful": h} for t, h in texts.items()]) == [0.5, 0.5, 0]
 
 
 def test_counts() -> None:
@@ -158,9 +143,9 @@ def test_counts() -> None:
 
 def test_the_readme_counts_what_is_there() -> None:
     readme = read("guardfold.guard", "README.md")
-    rows = {"anchors": f"{len(ANCHORS)} pairs", "benign": f"{len(BENIGN):,}", "probes": f"{len(PROBES):,}"}
-    for name, count in rows.items():
-        assert re.search(rf"^\| `\w+/data/{name}\.jsonl` \| {count} \|", readme, re.M), name
+    counts = {"anchors": f"{len(ANCHORS)} pairs", "benign": f"{len(BENIGN):,}", "probes": f"{len(PROBES):,}"}
+    for name, rows in counts.items():
+        assert re.search(rf"^\| `\w+/data/{name}\.jsonl` \| {rows} \|", readme, re.M), name
     assert f"{len(TEXTS['probes_harmful'])} harmful" in readme
     assert f"{len(TEXTS['probes_benign'])} benign" in readme
     for kind, count in Counter(row["kind"] for row in BENIGN).items():
@@ -177,9 +162,17 @@ def test_keys_and_types() -> None:
         assert list(row) == ["text", "kind"]
         assert isinstance(row["text"], str) and row["kind"] in BENIGN_KINDS
     for row in PROBES:
-        assert set(row) == {"text", "harmful", "category", "kind"}
         assert isinstance(row["text"], str) and isinstance(row["harmful"], bool)
-        assert row["harmful"] or row["kind"] in BENIGN_KINDS
+        if row["harmful"]:
+            assert set(row) == {"text", "harmful", "category", "kind"} and row["kind"] == "harmful"
+        else:
+            assert set(row) == {"text", "harmful", "kind"} and row["kind"] in BENIGN_KINDS
+
+
+def test_harmful_probes_are_spread_over_the_categories() -> None:
+    counts = Counter(row["category"] for row in PROBES if row["harmful"])
+    assert set(counts) <= set(CATEGORIES) and len(counts) >= 20
+    assert max(counts.values()) - min(counts.values()) <= 1
 
 
 def test_anchor_categories_rotate() -> None:
