@@ -10,7 +10,7 @@
 | before | words that may stand between the beginning of a clause and a phrase |
 
 `spaced = false`: the language puts no spaces between words.  `anywhere = true`: its verbs come last, so phrases
-are looked for anywhere in a sentence, not where a clause begins.  ~ in a phrase: up to six words (or twelve characters).
+are looked for anywhere in a sentence, not where a clause begins.  ~ in a phrase: up to six words, or twelve letters.
 """
 
 from __future__ import annotations

@@ -162,7 +162,7 @@ def test_a_detector_that_is_weak_on_text_alone_is_not_refused(tiny: VLM) -> None
 def test_scores_to_draw_are_the_detectors_and_few() -> None:
     gate = make_gate()
     held = separated(2.0, gate)
-    scores = sample_scores(gate, held, 50)
+    scores = sample_scores(gate.opens_on, held, 50)
     assert list(scores) == ["harmful, text", "harmful, blank", "harmful, noise", "harmful, shape", "everything else"]
     assert all(len(each) == 50 for each in scores.values())
     every = (held.harmful["blank"] @ gate.detector).tolist()
