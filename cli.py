@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from . import __version__
+from ._version import __version__
 from .guard.base.errors import InputError, Refused
 from .guard.base.untrusted import printable
 from .options import (

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
+from .._version import __version__
 from ..export.checkpoint.headers import Checkpoint
 from ..export.families.table import family_of
 from ..export.fold import fold

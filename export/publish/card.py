@@ -13,7 +13,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData, metadata_load
 
-from ... import __version__
+from ..._version import __version__
 from ...guard.base.errors import InputError
 from ...guard.base.hub import is_hub_id
 from ...guard.base.remote_code import code_of

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ... import __version__
+from ..._version import __version__
 from ...export.checkpoint.headers import Checkpoint
 from ...export.families.table import Family, family_of
 from ...export.fold import Placement
