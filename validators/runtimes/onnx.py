@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature, GenerationConfig, PreTrainedModel
 
-from ...export.formats.onnx.decoder import DEEPSTACK
 from ...export.formats.onnx.layout import (
     DECODER,
     EMBED,
@@ -26,6 +25,7 @@ from ...export.formats.onnx.layout import (
     Precision,
     graph_file,
 )
+from ...export.formats.onnx.names import DEEPSTACK
 from ...export.formats.onnx.paths import path_of
 from ...guard.base.errors import InputError
 from ...guard.model.vlm import VLM, load_processor, meta_model
