@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...export.checkpoint.edits import (
-    AddLowRank,
+    AddProduct,
     Edit,
     Projecting,
     ProjectRows,
@@ -31,7 +31,6 @@ from ...export.checkpoint.headers import DTYPES, Checkpoint, TensorInfo
 from ...export.checkpoint.rounding import REPAIRED, Rounding
 from ...guard.base.progress import track
 from ...guard.guard import Guard
-from ...guard.interventions.kinds import Gate, LinearGate, SharedProjection, SublayerProjection
 from ...guard.model.roles import MLP_NAMES, decoder_layers, final_norm, output_tensor, sublayers
 
 EXACT_TOLERANCE = 1e-5
@@ -86,17 +85,16 @@ def leak_probe(model: PreTrainedModel, guard: Guard) -> Iterator[Leaks]:
 
     try:
         layers = decoder_layers(model)
-        gated = {each.layer for each in guard.interventions if isinstance(each, Gate | LinearGate)}
-        for each in guard.interventions:
-            if isinstance(each, SharedProjection) and each.strength == 1:
+        added = {layer for each in guard.interventions if each.adds for layer in each.layers}
+        for site in (site for each in guard.interventions for site in each.leak_sites()):
+            if site.layer is None:
                 for number, layer in enumerate(layers):
-                    watch_input(layer, f"into layer {number}", each.basis)
-                watch_input(final_norm(model), "into the final norm", each.basis)
-            elif isinstance(each, SublayerProjection) and each.strength == 1:
-                for number, basis in each.bases.items():
-                    for name, sublayer in sublayers(layers[number]).items():
-                        if number not in gated or name not in MLP_NAMES:  # what a gate writes is meant to stay
-                            watch_output(sublayer, f"{name} of layer {number}", basis)
+                    watch_input(layer, f"into layer {number}", site.basis)
+                watch_input(final_norm(model), "into the final norm", site.basis)
+            else:
+                for name, sublayer in sublayers(layers[site.layer]).items():
+                    if site.layer not in added or name not in MLP_NAMES:  # what is added there is meant to stay
+                        watch_output(sublayer, f"{name} of layer {site.layer}", site.basis)
         yield leaks
     finally:
         for handle in handles:
@@ -126,8 +124,8 @@ def tensor_leak(source: Checkpoint, folded: Rows, name: str, edits: Sequence[Edi
     kept, old, squares = [], [], 0.0
     for first, last in row_blocks(had):
         before, after = (each.read(name, first, last)[..., columns].double() for each in (source, folded))
-        for added in (other for other in edits if isinstance(other, AddLowRank)):
-            after = AddLowRank(-added.left, added.right).apply(after, first)
+        for added in (other for other in edits if isinstance(other, AddProduct)):
+            after = AddProduct(-added.left, added.right).apply(after, first)
         kept.append(taken(edit, after - (1 - edit.strength) * before, first))
         old.append(taken(edit, before, first))
         squares += float(before.square().sum())
