@@ -29,7 +29,6 @@ from torch import Tensor, nn
 
 from ...guard.guard import Guard
 from ...guard.interventions import Intervention
-from ...guard.model.vlm import meta_model
 from ...guard.weight_edits import ReplaceNeurons, WeightEdit
 from ..checkpoint.edits import (
     AddProduct,
@@ -130,7 +129,7 @@ def adapters(checkpoint: Checkpoint, family: Family, fold: Fold) -> tuple[list[A
 
     Reads the edited tensors in blocks of rows; of what transformers stacks, one parameter at a time.
     """
-    model = meta_model(checkpoint.folder)
+    model = checkpoint.model
     layout = Layout(model, checkpoint.shapes)
     by_bias = {False: Adapter(False), True: Adapter(True)}
     writers = {writer.disk: writer for writer in family.writers if writer.disk in fold.edits}

@@ -166,7 +166,7 @@ def _compare(
         if not 0 < scale < math.inf:
             raise InputError(f"{source.folder}: its logits are zero or not finite; weights or config are damaged")
         if rounded or fold.left_out:
-            with streamed(source, fold, folded.folder, dtype) as model:
+            with streamed(source, fold, folded if isinstance(folded, Checkpoint) else source, dtype) as model:
                 exact_logits = _logits(model, batches)
             progress.advance(task)
     off = {} if isinstance(folded, Adapted) else places_off(source, folded, fold)

@@ -16,7 +16,7 @@ from ...export.families.table import Family
 from ...export.fold import Fold
 from ...guard.base.progress import track
 from ...guard.base.remote_code import trusted
-from ...guard.model.vlm import auto_class, meta_model
+from ...guard.model.vlm import auto_class
 
 COMPARE_BYTES = 16 * 2**20
 LOAD_BELOW_BYTES = 512 * 2**20
@@ -109,7 +109,7 @@ def _load(folded: Checkpoint, added: set[str]) -> tuple[str, list[str]]:
 
 def _match_names(folded: Checkpoint, _added: set[str]) -> tuple[str, list[str]]:
     """What from_pretrained would say of names, without reading weights."""
-    model = meta_model(folded.folder)
+    model = folded.model
     stored = Layout(model, folded.shapes).stored
     missing = [name for name in model.state_dict() if name not in stored and name not in model.all_tied_weights_keys]
     return "names and shapes", [f"missing_keys: {missing[:3]}"] if missing else []
