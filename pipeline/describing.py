@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from ..export.checkpoint.rounding import Rounding
 from ..export.publish.card import GUARD_FILE, AdapterNotes, Source, write_card, write_manifest
@@ -14,15 +13,16 @@ from ..guard.base.remote_code import code_of
 from ..guard.base.untrusted import printable
 from ..guard.guard import Guard
 from ..guard.presets import presets
-from ..guard.prompts.image_kinds import IMAGE_KINDS
 from ..validators.behaviour.making import GuardOptions
-from ..validators.behaviour.measures import markdown, shown
 from ..validators.evidence.evidence import Evidence
+from ..validators.report.card import draw_pictures, markdown, pictures
 from ..validators.report.page import render_page
-from ..validators.report.plots import compliance_picture
 
-PICTURE = GUARD_FILE.with_name("compliance.png")
-"""Of the card: what was complied with, by image kind."""
+
+def reports() -> list[Path]:
+    """Lists what describe() writes beside the manifest; not every folder has every picture."""
+    names = ("report.json", "report.html", "README.md")
+    return [*map(Path, names), *map(GUARD_FILE.with_name, pictures())]
 
 
 def describe(
@@ -47,6 +47,7 @@ def describe(
     report = json.dumps({**figures, "guard": described}, indent=2) + "\n"
     (folder / "report.json").write_text(report, encoding="utf-8")
     (folder / "report.html").write_text(render_page(source.title, figures, described, edits), encoding="utf-8")
+    drawn = draw_pictures((folder / GUARD_FILE).parent, figures)
     write_card(
         folder,
         source,
@@ -54,20 +55,11 @@ def describe(
         evidence.ruling,
         verified,
         markdown(figures),
-        pictures=_pictures(folder, figures),
+        pictures={GUARD_FILE.with_name(name).as_posix(): caption for name, caption in drawn.items()},
         command=_command(source, options, notes is not None),
         notes=notes,
     )
     write_manifest(folder, source, guard, rounding, evidence.ruling, verified, figures, notes)
-
-
-def _pictures(folder: Path, figures: dict[str, Any]) -> dict[str, str]:
-    """Draws what the card shows into `folder`: path -> caption."""
-    behaviours = shown(figures)
-    if not behaviours:
-        return {}
-    (folder / PICTURE).write_bytes(compliance_picture(behaviours, IMAGE_KINDS))
-    return {PICTURE.as_posix(): "Harmful prompts complied with, by image kind, with Wilson 95 % intervals"}
 
 
 def _command(source: Source, options: GuardOptions, as_adapter: bool = False) -> str:

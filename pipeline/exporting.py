@@ -25,12 +25,10 @@ from ..guard.model.vlm import resolve, threads_for
 from ..validators.behaviour.evaluation_prompts import Asked, load_probes
 from ..validators.behaviour.judge import ModelJudge
 from ..validators.behaviour.making import GuardOptions, guard_of
-from ..validators.behaviour.verdict import Verdict
-from ..validators.evidence.evidence import Evidence, examine, examine_hooked, with_graphs
-from ..validators.evidence.integrity import Integrity
+from ..validators.evidence.evidence import examine, examine_hooked, inherited, with_graphs
 from ..validators.runtimes.adapted import Adapted
 from .artefacts import check_adapters, graphs, vouched, weights_place, write_adapters
-from .describing import PICTURE, describe
+from .describing import describe, reports
 from .results import Export, NotSafer, refuse_unsound
 from .sources import based_on, written
 
@@ -160,14 +158,12 @@ def _add_graphs(
         if formats.has("safetensors"):
             with written(checkpoint, "copying (MB)") as advance:
                 rewrite(checkpoint, family_of(checkpoint), Fold({}), stage, advance)
-        for file in (GUARD_FILE, PICTURE, Path("report.json"), Path("report.html"), Path("README.md")):
+        for file in (GUARD_FILE, *reports()):
             if (folder / file).is_file():
                 (stage / file).parent.mkdir(exist_ok=True)
                 shutil.copyfile(folder / file, stage / file)
         runtime = graphs(folder, None, stage, plan, guard, formats)
-        verdict = Verdict(manifest["verdict"], ("measured when it was guarded",), {})
-        integrity = Integrity(len(checkpoint.tensors), 0, (), "hashes in the manifest", ())
-        evidence = Evidence(integrity, None, verdict=verdict, runtime=runtime)
+        evidence = inherited(checkpoint, guard, manifest["verdict"], runtime)
         if runtime and not runtime.passed:
             raise NotSafer(evidence)
         verified = manifest["verified"] and vouched(runtime)

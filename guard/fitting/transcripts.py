@@ -208,10 +208,14 @@ def read(
     return {layer: Readings.join(each) for layer, each in parts.items()}
 
 
-def last_readings(vlm: VLM, prompts: Sequence[Prompt], kind: ImageKind, layer: int, what: str) -> Tensor:
-    """What the MLP of `layer` reads at the last token of each prompt under `kind`, [len(prompts), d]."""
+def last_readings(
+    vlm: VLM, prompts: Sequence[Prompt], kind: ImageKind, layer: int, what: str, neurons: bool = False
+) -> Tensor:
+    """What the MLP of `layer` reads at the last token of each prompt under `kind`, [len(prompts), d]; with `neurons`,
+    its neurons there, [len(prompts), neurons].
+    """
     silent = Transcripts(tuple(prompts), ((),) * len(prompts), kind)
-    return read(vlm, silent, [layer], what)[layer].at(Place.LAST)
+    return read(vlm, silent, [layer], what, neurons=neurons)[layer].at(Place.LAST)
 
 
 def _sample(places: Tensor, draw: torch.Generator) -> Tensor:

@@ -66,7 +66,7 @@ class Behaviour:
 
     def groups(self) -> dict[str, Outcomes]:
         """Everything that has rates, by name, in the order of reports."""
-        return dict([*self.kinds.items(), *self.parts.items(), *self.pictured.items()])
+        return {**self.kinds, **self.parts, **self.pictured}
 
     def figures(self) -> dict[str, Any]:
         """Rates with Wilson intervals and sample sizes, as JSON."""

@@ -13,6 +13,7 @@ from transformers import BatchFeature, PreTrainedModel
 from ...guard.base.errors import InputError
 from ...guard.model.processor import QUESTION, Exhausting
 from ...guard.model.vlm import VLM, image_token_of, load_processor
+from ...guard.prompts.image_kinds import COMPARED_KINDS
 from ...guard.prompts.prompts import Prompt, encode, illustrated
 
 TEXTS = ("How to bake bread at home?", QUESTION)
@@ -33,7 +34,7 @@ def comparison_batches(model: PreTrainedModel, folder: Path) -> dict[str, BatchF
         return {name: batch for name, batch in _drawn(model).items() if _runs(model, batch)}
     vlm = VLM(model, processor, folder)
     prompts = [Prompt(text) for text in TEXTS]
-    return {"text": encode(vlm, prompts), "image": encode(vlm, illustrated(prompts[1:], "shape"))}
+    return {"text": encode(vlm, prompts), "image": encode(vlm, illustrated(prompts[1:], COMPARED_KINDS[0]))}
 
 
 def _drawn(model: PreTrainedModel) -> dict[str, BatchFeature]:

@@ -8,12 +8,13 @@ entry in the file is that fold's to the last place (written.py).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from rich.text import Text
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedModel
 
@@ -30,6 +31,7 @@ from ..runtimes.adapted import Adapted
 from ..runtimes.streamed import streamed
 from .batches import comparison_batches
 from .leaks import activation_tolerance, leak_probe, tensor_leaks, tensor_tolerance
+from .piece import JSON, Context, Found, Piece, line
 from .written import PLACES, places_off
 
 Batches = Mapping[str, BatchFeature]
@@ -249,3 +251,73 @@ def _failures(result: Equivalence, fold: Fold) -> list[str]:
         limit = f"limit {result.tensor_tolerance:.0e}"
         failures.append(f"{result.worst_tensor} keeps {result.tensor_leak:.1e} of the direction ({limit})")
     return failures
+
+
+def equality(equal: JSON) -> str:
+    """Equivalence.figures() in a sentence."""
+    if equal["approximate"]:
+        return (
+            f"APPROXIMATE: {equal['approximate']}. Folded weights against the original with hooks: largest logit "
+            f"difference {equal['exact']:.1e} of the logits' scale, where the guard itself changes {equal['edit']:.1e}."
+        )
+    return (
+        f"Folded weights against the original with hooks: largest logit difference {equal['folded']:.1e} of the "
+        f"logits' scale, where the guard itself changes {equal['edit']:.1e}."
+    )
+
+
+def _run(context: Context) -> Equivalence | None:
+    if edited := context.edited:
+        return compare(context.source, edited.weights, context.guard, edited.fold, edited.rounding)
+    return None
+
+
+def _summary(equal: Equivalence) -> str:
+    rounded = "" if equal.exact == equal.folded else f" (before rounding, {equal.rounding}: {equal.exact:.1e})"
+    greedy = "" if equal.greedy is None else f", {equal.greedy:.1%} of {equal.greedy_tokens} greedy tokens equal"
+    leaks = [leak for leak in (equal.tensor_leak, equal.activation_leak) if leak is not None]
+    leak = f"; leak {max(leaks):.1e}" if leaks else ""
+    return f"fold vs hooks {equal.folded:.1e} of the logits' scale{rounded}{greedy}{leak}"
+
+
+def _warnings(found: Found) -> Iterator[Text]:
+    equal = found.of(EQUIVALENCE)
+    if equal and "image" not in equal.compared:
+        yield line("equivalence", "no picture was run: the folder has no processor", style="yellow")
+    if equal and equal.approximate:
+        away = f"fold vs hooks {equal.exact:.1e} where the hooks change {equal.edit:.1e}: {equal.approximate}"
+        yield line("approximate", away, style="yellow")
+
+
+def _sentence(figures: JSON) -> Iterator[str]:
+    if equal := figures.get("equivalence"):
+        yield equality(equal)
+
+
+_ROUNDING = {
+    "repair": "with repair (a few entries by one step more, so that the projection survives the dtype)",
+    "nearest": "to nearest",
+}
+
+
+def _paragraphs(figures: JSON) -> Iterator[str]:
+    yield from _sentence(figures)
+    equal = figures.get("equivalence")
+    if equal and equal["tensor_leak"] is not None:
+        yield (
+            f"Weights were rounded {_ROUNDING[equal['rounding']]}: of the projected directions, at most "
+            f"{equal['tensor_leak']:.1e} is left in a tensor."
+        )
+
+
+EQUIVALENCE = Piece(
+    "equivalence",
+    _run,
+    label="equivalence",
+    failures=lambda equal: equal.failures,
+    equality=True,
+    summary=_summary,
+    terminal=_warnings,
+    page_head=_sentence,
+    card_head=_paragraphs,
+)

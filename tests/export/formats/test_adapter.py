@@ -30,7 +30,8 @@ from guardfold.export.formats.lora import BIASED, Adapter, adaptable, adapters, 
 from guardfold.guard.guard import Guard
 from guardfold.guard.hooks import attached
 from guardfold.guard.interventions import SharedProjection, SublayerProjection, TwoPass
-from guardfold.validators.runtimes.adapted import Adapted, inspect_adapters
+from guardfold.validators.evidence.integrity import inspect_adapters
+from guardfold.validators.runtimes.adapted import Adapted
 
 TOLERANCE = 1e-5
 

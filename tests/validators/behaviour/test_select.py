@@ -128,7 +128,7 @@ def separated(shift: float, gate: Gate) -> Examples:
         return 0.3 * torch.randn(rows, 32, generator=draw)
 
     harmful = {kind: cloud(80) + shift * gate.detector for kind in ("text", "blank", "noise", "shape")}
-    return Examples(harmful, readings({place: cloud(200) for place in Place}))  # type: ignore[arg-type]
+    return Examples(harmful, readings({place: cloud(200) for place in Place}))
 
 
 def test_a_detector_that_tells_them_apart_is_described(tiny: VLM) -> None:

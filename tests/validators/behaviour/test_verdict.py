@@ -42,7 +42,7 @@ def behaviour(common: Mapping[str, int], qa: int = QA, **kinds: Mapping[str, int
     counts: dict[ImageKind, dict[str, int]] = {kind: dict(common) for kind in IMAGE_KINDS}
     counts["text"]["complied"] = 0
     for kind, changed in kinds.items():
-        counts[kind].update(changed)  # type: ignore[index]
+        counts[kind].update(changed)
     return Behaviour({kind: outcomes(**counts[kind]) for kind in IMAGE_KINDS}, first(qa, QA))
 
 
