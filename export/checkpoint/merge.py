@@ -34,11 +34,15 @@ from ...guard.base.untrusted import open_regular, parse_object, read_bytes
 from ...guard.model.vlm import MAX_CONFIG_BYTES
 from ..families.table import Family
 from ..fold import Fold
-from ..formats.lora import CONFIG_FILE, PREFIX, WEIGHTS_FILE
-from ..publish.card import Source
+from ..source import Source
 from .edits import AddProduct, Edit, SetAll, SetNorms
 from .headers import EDITABLE, Checkpoint, read_shard
 from .layout import Layout, Stored
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+PREFIX = "base_model.model."
+"""What PEFT puts before the names in memory."""
 
 NAME = "default"
 """PEFT's name of the one adapter."""

@@ -43,6 +43,16 @@ class Plan:
             raise InputError(f"--onnx-weights shared: {quantised[0]} has weights of its own; use copy")
 
 
+@dataclass(frozen=True)
+class WrittenGraphs:
+    """Graphs that were written: where, as what, of the weights in which folder, and where they are to be run."""
+
+    folder: Path
+    plan: Plan
+    weights: Path
+    provider: str
+
+
 def graphs_folder(folder: Path, weights: Weights) -> Path:
     """Where the graphs of an exported `folder` lie."""
     return folder if weights == "shared" else folder / FOLDER
