@@ -147,7 +147,7 @@ def _guard(
             held.guard.save(stage / GUARD_FILE)
             examiner = Examiner(base, held, rounding, probes, judge, base.folder)
             evidence = None if held.guard.in_weights else examiner.of_hooks()
-            places = [(form, stage if form in formats.chosen else Path(aside)) for form in order]
+            places = [(form, stage if form in formats.chosen else Path(aside, form.name)) for form in order]
             artefacts = []
             for artefact in write_all(places, base, held, Path(aside)):
                 artefacts.append(artefact)

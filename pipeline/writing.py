@@ -28,6 +28,7 @@ def write_all(places: Iterable[tuple[Format, Path]], model: OpenModel, held: Hel
     """
     weights = model.checkpoint
     for form, place in places:
+        place.mkdir(exist_ok=True)
         job = Job(model, held, place, weights, aside)
         form.write(job)
         artefact = Artefact(form, job, form.open(job))

@@ -81,8 +81,8 @@ def preset_of(options: GuardOptions) -> Preset:
 
 def kinds_of(options: GuardOptions) -> tuple[type[Intervention], ...]:
     """The interventions that the preset of `options` may make in their scope. Raises InputError as above."""
-    residual = options.scope == "residual"
-    return tuple(kind for kind in preset_of(options).makes if bool(kind.asks) != residual)
+    makes, in_weights = preset_of(options).makes, options.scope != "residual"
+    return tuple(kind for kind in makes if bool(kind.asks) == in_weights) or makes
 
 
 def check_scope(preset: Preset, scope: Scope) -> None:

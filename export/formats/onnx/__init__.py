@@ -61,7 +61,10 @@ class Onnx(Format):
         path_of(ask.model.checkpoint.own_model())
 
     def hold(self, model: OpenModel, guard: Guard) -> Held:
-        return Held(guard, Fold({})) if self._traces(guard.in_weights) else super().hold(model, guard)
+        if not self._traces(guard.in_weights):
+            return super().hold(model, guard)
+        guard.check_fits(model.family.layers, model.family.width)
+        return Held(guard, Fold({}))
 
     def write(self, job: Job) -> None:
         copy_companions(job.model.folder, job.place)
