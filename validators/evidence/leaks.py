@@ -115,17 +115,24 @@ def tensor_leak(source: Checkpoint, folded: Rows, name: str, edits: Sequence[Edi
 
     |V W' - (1 - strength) V W| / max(|V W|, sqrt(m / d) |W|): 1 if nothing was projected, about the unit roundoff
     otherwise; the second term is the share that a random direction would have.  Columns that another edit replaces, and
-    what another adds, are left out.  Reads both files in blocks of rows.
+    what a later one adds, are left out.  Reads both files in blocks of rows.
     """
     rank, width = edit.basis.shape
+    place = next(number for number, other in enumerate(edits) if other is edit)
     replaced = {column for other in edits if isinstance(other, SetColumns) for column in other.columns}
     had = source.info(name).shape
     columns = [column for column in range(had[-1]) if column not in replaced] if len(had) > 1 else ...
     kept, old, squares = [], [], 0.0
     for first, last in row_blocks(had):
         before, after = (each.read(name, first, last)[..., columns].double() for each in (source, folded))
-        for added in (other for other in edits if isinstance(other, AddProduct)):
-            after = AddProduct(-added.left, added.right).apply(after, first)
+        for number, added in enumerate(edits):
+            if not isinstance(added, AddProduct):
+                continue
+            right = added.right if added.right.ndim == 1 else added.right[..., columns]
+            if number < place:  # what was added before is projected with the rest
+                before = AddProduct(added.left, right).apply(before, first)
+            else:
+                after = AddProduct(-added.left, right).apply(after, first)
         kept.append(taken(edit, after - (1 - edit.strength) * before, first))
         old.append(taken(edit, before, first))
         squares += float(before.square().sum())

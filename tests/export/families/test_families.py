@@ -234,11 +234,13 @@ def test_a_traced_row_alone_describes_the_family(case: Case, tmp_path: Path, mon
 
 
 def test_a_gate_equals_its_hook_wherever_an_mlp_holds_one(case: Case, tmp_path: Path) -> None:
+    """After a projection of the same layer, which leaves alone what the gate writes, and before one, which does not."""
     family = case.family
     bias = {layer: mlp.bias_of(mlp.gate) in case.checkpoint.shapes for layer, mlp in family.mlps.items()}
     for layer in {biased: layer for layer, biased in bias.items()}.values():
         gate: Intervention = make_gate(family.width, layer, free=not bias[layer], recycled=(1, 4), beta=64.0)
-        guard = Guard((gate,))
+        projection = SublayerProjection({layer: case.basis}, 0.7)
+        guard = Guard((projection, gate) if case.style == "hub" else (gate, projection))
         _, model = case.folded(guard, tmp_path / f"gate{layer}")
         hooked = case.hooked(guard)
         assert distance(case.logits(model), hooked) <= TOLERANCE < distance(hooked, case.original)
