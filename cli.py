@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from . import __version__
+from ._version import __version__
 from .guard.base.errors import InputError, Refused
 from .guard.base.untrusted import printable
 from .options import (
@@ -45,6 +45,7 @@ from .options import (
     Revision,
     RoundingOption,
     ScopeOption,
+    SettingOption,
     SkipBehaviour,
     SkipRuntime,
     Strength,
@@ -55,7 +56,7 @@ from .options import (
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from .export.formats.formats import Formats
+    from .export.formats import Formats
     from .pipeline import GuardOptions
     from .validators.evidence.evidence import Evidence
 
@@ -115,6 +116,7 @@ def export(
     judge: JudgeOption = None,
     skip_behaviour: SkipBehaviour = False,
     formats: FormatOption = "safetensors",
+    settings: SettingOption = None,
     allow_partial: AllowPartial = False,
     onnx_dtype: OnnxDtypes = "fp32",
     onnx_weights: OnnxWeights = "copy",
@@ -165,7 +167,7 @@ def export(
         model,
         output,
         options,
-        _formats(formats, onnx_dtype, onnx_weights, provider, skip_runtime),
+        _formats(formats, onnx_dtype, onnx_weights, provider, skip_runtime, settings or ()),
         probes=probes,
         qa=qa,
         judge=judge,
@@ -443,12 +445,18 @@ def _options(**given: Any) -> GuardOptions:
     return GuardOptions(**given)
 
 
-def _formats(names: str, dtype: str, weights: str, provider: str, skip_runtime: bool) -> Formats:
-    from .export.formats.formats import Formats
-    from .export.formats.onnx.layout import WEIGHTS
+def _formats(
+    names: str, dtype: str, weights: str, provider: str, skip_runtime: bool, settings: Sequence[str]
+) -> Formats:
+    from .export.formats import Formats
 
-    _check_choices(("onnx-weights", weights, WEIGHTS))
-    return Formats(names, dtype, cast(Any, weights), provider, skip_runtime)
+    more = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise InputError(f"--set {setting}: give NAME=VALUE")
+        more[name] = value
+    return Formats(names, dtype, cast(Any, weights), provider, skip_runtime, more=more)
 
 
 def _check_choices(*choices: tuple[str, str, Sequence[str]]) -> None:

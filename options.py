@@ -155,6 +155,14 @@ FormatOption = Annotated[
         "model, which holds projections and linear gates.",
     ),
 ]
+SettingOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="A setting of a format that has no option of its own here. Repeatable.",
+    ),
+]
 AllowPartial = Annotated[
     bool,
     typer.Option("--allow-partial", help="Of --format lora: write an adapter that holds only a part of the guard."),

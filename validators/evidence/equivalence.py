@@ -21,13 +21,14 @@ from transformers import BatchFeature, PreTrainedModel
 from ...export.checkpoint.headers import DTYPES, Checkpoint
 from ...export.checkpoint.rounding import Rounding
 from ...export.fold import Fold
+from ...export.formats.lora import Adapted
 from ...guard.base.errors import InputError
 from ...guard.base.progress import bar
 from ...guard.fitting.states import forward
 from ...guard.guard import Guard
 from ...guard.hooks import attached
 from ...guard.model.vlm import running
-from ..runtimes.adapted import Adapted
+from ..runtimes.adapted import running as running_adapted
 from ..runtimes.streamed import streamed
 from .batches import comparison_batches
 from .leaks import activation_tolerance, leak_probe, tensor_leaks, tensor_tolerance
@@ -168,7 +169,7 @@ def _compare(
         if not 0 < scale < math.inf:
             raise InputError(f"{source.folder}: its logits are zero or not finite; weights or config are damaged")
         if rounded or fold.left_out:
-            with streamed(source, fold, folded.folder, dtype) as model:
+            with streamed(source, fold, folded if isinstance(folded, Checkpoint) else source, dtype) as model:
                 exact_logits = _logits(model, batches)
             progress.advance(task)
     off = {} if isinstance(folded, Adapted) else places_off(source, folded, fold)
@@ -203,7 +204,7 @@ def _compare(
 
 
 def _running(folded: Checkpoint | Adapted, dtype: torch.dtype) -> AbstractContextManager[PreTrainedModel]:
-    return folded.running(dtype) if isinstance(folded, Adapted) else streamed(folded, dtype=dtype)
+    return running_adapted(folded, dtype) if isinstance(folded, Adapted) else streamed(folded, dtype=dtype)
 
 
 def _in(dtype: torch.dtype, batch: BatchFeature) -> BatchFeature:

@@ -10,11 +10,11 @@ from ...export.checkpoint.headers import Checkpoint
 from ...export.checkpoint.rounding import Rounding
 from ...export.families.table import Family
 from ...export.fold import Fold
+from ...export.formats.lora import Adapted
 from ...guard.guard import Guard
 from ..behaviour.evaluation_prompts import Probes
 from ..behaviour.judge import Judge
 from ..behaviour.verdict import Ruling, Verdict
-from ..runtimes.adapted import Adapted
 from . import EVIDENCE
 from .conclusion import VERDICT
 from .graphs import RUNTIME

@@ -13,14 +13,14 @@ from peft import get_peft_model_state_dict
 from ...export.checkpoint.edits import Folded, row_blocks
 from ...export.checkpoint.headers import Checkpoint, TensorInfo, read_shard
 from ...export.checkpoint.layout import Layout
-from ...export.checkpoint.merge import NAME
+from ...export.checkpoint.merge import NAME, PREFIX, WEIGHTS_FILE
 from ...export.families.table import Family
 from ...export.fold import Fold
-from ...export.formats.lora import BIASED, PREFIX, WEIGHTS_FILE, folders
+from ...export.formats.lora import BIASED, Adapted, folders
 from ...guard.base.progress import track
 from ...guard.base.remote_code import trusted
-from ...guard.model.vlm import auto_class, meta_model
-from ..runtimes.adapted import LOAD_BELOW_BYTES, Adapted, attach, base_model
+from ...guard.model.vlm import auto_class
+from ..runtimes.adapted import LOAD_BELOW_BYTES, attach, base_model
 from .piece import JSON, Context, Piece
 
 COMPARE_BYTES = 16 * 2**20
@@ -112,7 +112,7 @@ def _load(folded: Checkpoint, added: set[str]) -> tuple[str, list[str]]:
 
 def _match_names(folded: Checkpoint, _added: set[str]) -> tuple[str, list[str]]:
     """What from_pretrained would say of names, without reading weights."""
-    model = meta_model(folded.folder)
+    model = folded.model
     stored = Layout(model, folded.shapes).stored
     missing = [name for name in model.state_dict() if name not in stored and name not in model.all_tied_weights_keys]
     return "names and shapes", [f"missing_keys: {missing[:3]}"] if missing else []

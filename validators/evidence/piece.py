@@ -20,11 +20,11 @@ from ...export.checkpoint.headers import Checkpoint
 from ...export.checkpoint.rounding import Rounding
 from ...export.families.table import Family
 from ...export.fold import Fold
+from ...export.formats.lora import Adapted
 from ...guard.guard import Guard
 from ...guard.model.vlm import VLM
 from ..behaviour.evaluation_prompts import Probes
 from ..behaviour.judge import Judge, PhraseJudge
-from ..runtimes.adapted import Adapted
 from ..runtimes.opened import Opened
 from .runtime import Runtime
 

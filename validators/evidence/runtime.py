@@ -27,7 +27,7 @@ from ...guard.base.progress import track
 from ...guard.fitting.states import forward
 from ...guard.guard import Guard
 from ...guard.hooks import attached
-from ...guard.model.vlm import VLM, load, load_processor, running
+from ...guard.model.vlm import VLM, load, load_processor, meta_model, running
 from ...guard.prompts.image_kinds import COMPARED_KINDS
 from ...guard.prompts.prompts import Prompt, encode, illustrated
 from ..behaviour.verdict import Verdict
@@ -210,10 +210,10 @@ def check_graphs(
         for stored in dict.fromkeys(precision.stored for precision in plan.precisions)
     }
     hooked = _reference(original, guard) if original and not plan.traced else None
-    found = []
+    model, found = meta_model(folder), []
     for precision in track(plan.precisions, "onnxruntime"):
-        runner = Runner(folder, precision, provider)
-        found.append(agreement(runner, comparison(runner.model, folder), rounded[precision.stored], hooked))
+        runner = Runner(folder, precision, provider, model=model)
+        found.append(agreement(runner, comparison(model, folder), rounded[precision.stored], hooked))
     return Runtime(tuple(found))
 
 
