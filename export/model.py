@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from ..guard.base.errors import InputError
 from ..guard.guard import Guard
 from .checkpoint.headers import Checkpoint
 from .families.table import Family, family_of
@@ -38,3 +39,14 @@ class OpenModel:
     def fold(self, guard: Guard) -> Fold:
         """`guard` as edits of this model's tensors. InputError if it does not fit or weights cannot hold it."""
         return fold(guard, self.family, self.checkpoint.shapes, self.checkpoint.read)
+
+    def holds(self, guard: Guard) -> bool:
+        """Whether the weights of this model can hold `guard`. InputError if it does not fit the model at all."""
+        guard.check_fits(self.family.layers, self.family.width)
+        if not guard.in_weights:
+            return False
+        try:
+            self.fold(guard)
+        except InputError:
+            return False
+        return True

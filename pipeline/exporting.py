@@ -124,7 +124,7 @@ def _guard(
     given = given_guard(options)
     kinds = tuple(map(type, given.interventions)) if given else kinds_of(options)
     ask = Ask(source, kinds, None if given else options.guard, adapter, terms.allow_partial)
-    order = _in_order(formats, ask.in_weights)
+    order = _in_order(formats, ask.in_weights and (given is None or source.holds(given)))
     for form in order:
         form.check(ask)
     if given:
@@ -142,11 +142,13 @@ def _guard(
             judge = ModelJudge(terms.judge) if terms.judge else None
             if room := max(form.room(base.checkpoint) for form in order):
                 check_room(target.parent, room)
-            held = terms.hold(order[0], base, given or guard_of(base, options))
+            guard = given or guard_of(base, options)
+            order = _in_order(formats, base.holds(guard))
+            held = terms.hold(order[0], base, guard)
             (stage / GUARD_FILE).parent.mkdir()
             held.guard.save(stage / GUARD_FILE)
             examiner = Examiner(base, held, rounding, probes, judge, base.folder)
-            evidence = None if held.guard.in_weights else examiner.of_hooks()
+            evidence = examiner.of_hooks() if held.traced else None
             places = [(form, stage if form in formats.chosen else Path(aside, form.name)) for form in order]
             artefacts = []
             for artefact in write_all(places, base, held, Path(aside)):
@@ -163,7 +165,7 @@ def _guard(
 
 def _in_order(formats: Formats, in_weights: bool) -> list[Format]:
     """The formats in the order in which they are written: before those that are made of weights, weights, which lie
-    aside if nobody asked for them; none where the guard is not `in_weights`.
+    aside if nobody asked for them; none where weights cannot hold the guard.
     """
     lacking = in_weights and all(form.derived for form in formats.chosen)
     return [*([Safetensors(formats.writing)] if lacking else []), *formats.chosen]

@@ -48,11 +48,15 @@ class Ask:
 
 @dataclass(frozen=True)
 class Held:
-    """What a format holds of a guard: that part, the same as edits of tensors, and the rest, a line each."""
+    """What a format holds of a guard: that part, the same as edits of tensors, and the rest, a line each.
+
+    traced: whether its hooks are traced into graphs, since no weights of this model hold it; there are no edits then.
+    """
 
     guard: Guard
     fold: Fold
     left_out: tuple[str, ...] = ()
+    traced: bool = False
 
 
 @dataclass(frozen=True)

@@ -61,24 +61,23 @@ class Onnx(Format):
         path_of(ask.model.checkpoint.own_model())
 
     def hold(self, model: OpenModel, guard: Guard) -> Held:
-        if not self._traces(guard.in_weights):
+        if not self._traces(model.holds(guard)):
             return super().hold(model, guard)
-        guard.check_fits(model.family.layers, model.family.width)
-        return Held(guard, Fold({}))
+        return Held(guard, Fold({}), traced=True)
 
     def write(self, job: Job) -> None:
         copy_companions(job.model.folder, job.place)
         if job.weights.folder != job.place:
             shutil.copyfile(job.weights.folder / "config.json", job.place / "config.json")
-        write_graphs(job.weights, job.place, self._plan(job.held.guard))
+        write_graphs(job.weights, job.place, self._plan(job.held))
 
     def open(self, job: Job) -> WrittenGraphs | None:
         if self.skip_runtime:
             return None
-        return WrittenGraphs(job.place, self._plan(job.held.guard), job.weights.folder, self.provider)
+        return WrittenGraphs(job.place, self._plan(job.held), job.weights.folder, self.provider)
 
     def notes(self, job: Job) -> Notes:
-        return Notes(IN_GRAPHS) if self._traces(job.held.guard.in_weights) else Notes()
+        return Notes(IN_GRAPHS) if job.held.traced else Notes()
 
     @classmethod
     def found(cls, folder: Path) -> bool:
@@ -93,6 +92,6 @@ class Onnx(Format):
         """Whether hooks are traced into the graphs, there being no weights that hold the guard."""
         return not in_weights and "safetensors" not in self.names.split(",")
 
-    def _plan(self, guard: Guard | None) -> Plan:
-        traced = guard if guard and self._traces(guard.in_weights) else None
+    def _plan(self, held: Held | None) -> Plan:
+        traced = held.guard if held and held.traced else None
         return Plan(precisions(self.onnx_dtype), self.onnx_weights, traced)
