@@ -42,6 +42,7 @@ from .options import (
     PushTo,
     Rank,
     Rate,
+    RefusalsFile,
     Revision,
     RoundingOption,
     ScopeOption,
@@ -114,6 +115,7 @@ def export(
     probes: Probes = None,
     qa: QA = None,
     judge: JudgeOption = None,
+    refusals: RefusalsFile = None,
     skip_behaviour: SkipBehaviour = False,
     formats: FormatOption = "safetensors",
     settings: SettingOption = None,
@@ -171,6 +173,7 @@ def export(
         probes=probes,
         qa=qa,
         judge=judge,
+        refusals=refusals,
         skip_behaviour=skip_behaviour,
         allow_weaker=allow_weaker,
         strict=strict,
@@ -245,6 +248,7 @@ def check(
     probes: Probes = None,
     qa: QA = None,
     judge: JudgeOption = None,
+    refusals: RefusalsFile = None,
     skip_behaviour: SkipBehaviour = False,
     family: FamilyFile = None,
     endpoint: Annotated[
@@ -277,7 +281,7 @@ def check(
     """
     if endpoint is not None:
         _check_served(
-            endpoint, model, baseline_endpoint, baseline_model, concurrency, folder, probes, qa, judge, report
+            endpoint, model, baseline_endpoint, baseline_model, concurrency, folder, probes, qa, judge, refusals, report
         )
         return
     if folder is None or against is None:
@@ -291,6 +295,7 @@ def check(
         probes=probes,
         qa=qa,
         judge=judge,
+        refusals=refusals,
         skip_behaviour=skip_behaviour,
         family_file=family,
         adapter=adapter,
@@ -311,6 +316,7 @@ def _check_served(
     probes: list[str] | None,
     qa: Path | None,
     judge: str | None,
+    refusals: Path | None,
     report: Path | None,
 ) -> None:
     from .pipeline import check_served
@@ -325,7 +331,9 @@ def _check_served(
     if baseline_model:
         name = "GUARDFOLD_BASELINE_API_KEY" if baseline_url else "GUARDFOLD_API_KEY"
         baseline = Endpoint(baseline_url or url, baseline_model, os.environ.get(name), concurrency)
-    found = check_served(served, baseline=baseline, folder=folder, probes=probes, qa=qa, judge=judge, report=report)
+    found = check_served(
+        served, baseline=baseline, folder=folder, probes=probes, qa=qa, judge=judge, refusals=refusals, report=report
+    )
     columns = {"original": found.baseline} if found.baseline else {}
     _print(render_served({**columns, "served": found.behaviour}, found.verdict))
     if found.verdict and found.verdict.ruling != "safer":

@@ -93,6 +93,14 @@ JudgeOption = Annotated[
         "Default: by refusal phrases.",
     ),
 ]
+RefusalsFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--refusals",
+        help="How this model refuses, if not in words that are known: TOML with a list of phrases, refused = [...]; "
+        "also sorry, unless, evaded, turned, before. Phrases of twelve languages are built in.",
+    ),
+]
 FamilyFile = Annotated[
     Path | None,
     typer.Option(

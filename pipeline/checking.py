@@ -19,7 +19,7 @@ from ..guard.base.untrusted import is_folder
 from ..guard.guard import Guard
 from ..guard.model.vlm import threads_for
 from ..validators.behaviour.evaluation_prompts import Asked, load_probes
-from ..validators.behaviour.judge import ModelJudge, PhraseJudge
+from ..validators.behaviour.judge import judge_for
 from ..validators.behaviour.measure import Behaviour, observe
 from ..validators.behaviour.recorded import recall
 from ..validators.behaviour.verdict import Verdict, judge_guard
@@ -37,6 +37,7 @@ def check_guarded(
     probes: Asked = None,
     qa: Path | None = None,
     judge: str | None = None,
+    refusals: Path | None = None,
     skip_behaviour: bool = False,
     family_file: Path | None = None,
     adapter: str | None = None,
@@ -56,8 +57,8 @@ def check_guarded(
     with based_on(origin, adapter, folder.parent) as model, threads_for(model.folder), TemporaryDirectory() as aside:
         held = form.hold(model, guard)
         artefact = form.open(Job(model, held, folder, model.checkpoint, Path(aside)))
-        asked = None if skip_behaviour else load_probes(model.folder, probes, qa)
-        ruling = ModelJudge(judge) if judge else None
+        asked = None if skip_behaviour else load_probes(model.folder, probes, qa, refusals)
+        ruling = judge_for(asked.refusal, asked.phrases, judge) if asked else None
         return Examiner(model, held, rounding, asked, ruling, model.folder).of(artefact)
 
 
@@ -91,6 +92,7 @@ def check_served(
     probes: Asked = None,
     qa: Path | None = None,
     judge: str | None = None,
+    refusals: Path | None = None,
     report: Path | None = None,
 ) -> Served:
     """The behaviour of what an endpoint serves. The verdict is against `baseline`, else against what the report of the
@@ -103,12 +105,12 @@ def check_served(
         raise InputError(f"{folder}: no such folder")
     if report and not is_folder(report.parent):
         raise InputError(f"{report.parent}: no such folder")
-    asked = load_probes(folder, probes, qa)
-    decides = ModelJudge(judge) if judge else PhraseJudge(asked.refusal)
-    before = observe(baseline, asked, decides, "baseline") if baseline else None
-    now = observe(endpoint, asked, decides, "served")
+    asked = load_probes(folder, probes, qa, refusals)
+    ruling = judge_for(asked.refusal, asked.phrases, judge)
+    before = observe(baseline, asked, ruling, "baseline") if baseline else None
+    now = observe(endpoint, asked, ruling, "served")
     if before is None and folder:
-        before = recall(folder, asked, decides.name, now)
+        before = recall(folder, asked, ruling.name, now)
     served = Served(endpoint, now, before, judge_guard(before, now) if before else None)
     if report:
         report.write_text(json.dumps(served.figures(), indent=2) + "\n", encoding="utf-8")

@@ -19,7 +19,7 @@ from ..guard.base.remote_code import trusting_if_asked
 from ..guard.guard import Guard
 from ..guard.model.vlm import resolve, threads_for
 from ..validators.behaviour.evaluation_prompts import Asked, load_probes
-from ..validators.behaviour.judge import ModelJudge
+from ..validators.behaviour.judge import judge_for
 from ..validators.behaviour.making import GuardOptions, given_guard, guard_of, kinds_of
 from ..validators.evidence.evidence import Evidence
 from .converting import convert
@@ -40,6 +40,7 @@ def export_guarded(
     probes: Asked = None,
     qa: Path | None = None,
     judge: str | None = None,
+    refusals: Path | None = None,
     skip_behaviour: bool = False,
     allow_weaker: bool = False,
     strict: bool = False,
@@ -57,13 +58,14 @@ def export_guarded(
     allow_partial: write a format even if it does not hold all of the guard.  adapter: folder or hub id of a PEFT LoRA
     adapter that is merged into the model first; what is guarded, and measured against, is then the merged model.
 
-    probes, qa: files that replace the model's own or the built-in ones.  skip_behaviour: measure nothing but soundness
-    and equality; the manifest says NOT VERIFIED.  allow_weaker: publish whatever the verdict; the manifest and the card
-    say NOT VERIFIED.  strict: refuse a fold that is approximate by nature (under post-norms).  overwrite: replace
-    `output`, if guardfold wrote it.  writing: threads, rounding, links.  push_to: where on the hub the finished folder
-    goes as well.  trust_remote_code: run the code that comes with the model, and copy it.  Raises InputError for what
-    cannot be used, and NotSafer, leaving nothing behind, if the result is not safer or not equal to its hooks (the
-    latter is never published).
+    probes, qa: files that replace the model's own or the built-in ones. judge: a classifier that rules on answers,
+    in choosing the guard as well. refusals: a file of phrases of refusal, beside those built in. skip_behaviour:
+    measure nothing but soundness and equality; the manifest says NOT VERIFIED. allow_weaker: publish whatever the
+    verdict; the manifest and the card say NOT VERIFIED. strict: refuse a fold that is approximate by nature (under
+    post-norms). overwrite: replace `output`, if guardfold wrote it. writing: threads, rounding, links. push_to:
+    where on the hub the finished folder goes as well. trust_remote_code: run the code that comes with the model,
+    and copy it. Raises InputError for what cannot be used, and NotSafer, leaving nothing behind, if the result is
+    not safer or not equal to its hooks (the latter is never published).
     """
     options, formats = options or GuardOptions(), formats or Formats()
     formats = replace(formats, writing=writing or formats.writing)
@@ -75,7 +77,7 @@ def export_guarded(
     if (source.folder / MANIFEST).is_file() and any(form.derived for form in formats.chosen):
         made = convert(source, formats.chosen, output, options, overwrite)
     else:
-        terms = _Terms(probes, qa, judge, skip_behaviour, allow_weaker, strict, allow_partial)
+        terms = _Terms(probes, qa, judge, refusals, skip_behaviour, allow_weaker, strict, allow_partial)
         made = _guard(source, output, options, formats, adapter, terms, overwrite)
     return replace(made, url=push(made.folder, push_to, allow_weaker=allow_weaker)) if push_to else made
 
@@ -87,6 +89,7 @@ class _Terms:
     probes: Asked
     qa: Path | None
     judge: str | None
+    refusals: Path | None
     skip_behaviour: bool
     allow_weaker: bool
     strict: bool
@@ -138,11 +141,11 @@ def _guard(
             threads_for(base.folder),
             TemporaryDirectory(dir=stage, prefix=".aside-") as aside,
         ):
-            probes = None if terms.skip_behaviour else load_probes(base.folder, terms.probes, terms.qa)
-            judge = ModelJudge(terms.judge) if terms.judge else None
+            probes = None if terms.skip_behaviour else load_probes(base.folder, terms.probes, terms.qa, terms.refusals)
+            judge = judge_for(probes.refusal, probes.phrases, terms.judge) if probes else None
             if room := max(form.room(base.checkpoint) for form in order):
                 check_room(target.parent, room)
-            guard = given or guard_of(base, options)
+            guard = given or guard_of(base, options, judge)
             order = _in_order(formats, base.holds(guard))
             held = terms.hold(order[0], base, guard)
             (stage / GUARD_FILE).parent.mkdir()

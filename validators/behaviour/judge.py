@@ -75,7 +75,11 @@ class PhraseJudge:
 
     refusal: str | None = None
     own: tuple[Phrases, ...] = ()
-    name: str = "phrases"
+
+    @property
+    def name(self) -> str:
+        """Which phrases it judges by."""
+        return " and ".join(["phrases", *(phrases.digest[:12] for phrases in self.own)])
 
     @property
     def languages(self) -> Sequence[Phrases]:
@@ -129,6 +133,11 @@ def _turns(text: str, languages: Sequence[Phrases]) -> bool:
         return True
     steps = STEPS.search(text)
     return steps is not None and not ELSEWHERE.search(text[: steps.start() + EMPTY_HANDED])
+
+
+def judge_for(refusal: str | None, own: tuple[Phrases, ...], classifier: str | None) -> Judge:
+    """Makes the judge: the model `classifier` if one is named, else phrases. InputError if it cannot be loaded."""
+    return ModelJudge(classifier, own) if classifier else PhraseJudge(refusal, own)
 
 
 class ModelJudge:

@@ -24,7 +24,7 @@ from ...guard.presets.layers import DEFAULT_LAYERS, Scope, parse_layers
 from ...guard.presets.projection import MAX_ANCHORS
 from ...guard.prompts.prompts import BUILT_IN_ANCHORS, beside, load_anchors
 from .evaluation_prompts import refusal_text
-from .judge import PhraseJudge
+from .judge import Judge, PhraseJudge
 from .selection import Bench, Trial, best, choose, sample_scores, scrutinise
 
 
@@ -52,8 +52,10 @@ class GuardOptions:
     family: Path | None = None
 
 
-def guard_of(model: OpenModel, options: GuardOptions) -> Guard:
+def guard_of(model: OpenModel, options: GuardOptions, judge: Judge | None = None) -> Guard:
     """The guard that `options` describe, read from a file or made from `model`.
+
+    judge: of answers, where candidates are chosen among; default, by phrases.
 
     Raises InputError for a model or prompts that cannot be used, layers out of range, or a rank above the anchors, and
     Refused if no candidate is within the limits or the detector cannot tell harmful prompts apart.
@@ -61,7 +63,7 @@ def guard_of(model: OpenModel, options: GuardOptions) -> Guard:
     if guard := given_guard(options):
         return guard
     with threads_for(model.folder):
-        return _made(model, preset_of(options), options)
+        return _made(model, preset_of(options), options, judge)
 
 
 def given_guard(options: GuardOptions) -> Guard | None:
@@ -95,7 +97,7 @@ def check_scope(preset: Preset, scope: Scope) -> None:
     raise InputError(f"--scope {scope}: has no {preset.name}; use --guard {' or '.join(having)}")
 
 
-def _made(model: OpenModel, preset: Preset, options: GuardOptions) -> Guard:
+def _made(model: OpenModel, preset: Preset, options: GuardOptions, judge: Judge | None) -> Guard:
     folder, family = model.folder, model.family
     anchors = load_anchors(options.anchors or beside(folder, "anchors.jsonl") or BUILT_IN_ANCHORS)
     if options.rank > min(len(anchors), MAX_ANCHORS):
@@ -125,7 +127,7 @@ def _made(model: OpenModel, preset: Preset, options: GuardOptions) -> Guard:
         candidate, directions = outright(material)
         found: dict[str, Any] = {"directions": directions.figures()}
     else:
-        candidate, found = _chosen(material, preset)
+        candidate, found = _chosen(material, preset, judge or PhraseJudge(refusal_text(folder)))
         directions = material.directions
     guard = Guard(candidate.interventions, json.loads(json.dumps({**provenance, **found})))
     return replace(guard, reference=_reference(directions, family.layers))
@@ -136,10 +138,10 @@ def _reference(directions: Directions, layers: int) -> TwoPass | None:
     return TwoPass(directions.only(late).bases) if late else None
 
 
-def _chosen(material: Material, preset: Preset) -> tuple[Candidate, dict[str, Any]]:
+def _chosen(material: Material, preset: Preset, judge: Judge) -> tuple[Candidate, dict[str, Any]]:
     """The best candidate of the preset's rounds on the select part, and all that was found, as JSON."""
     candidates = list(preset.rounds[0].candidates(material, None))
-    bench = Bench(material.vlm, material.parts["select"], PhraseJudge(refusal_text(material.vlm.folder)))
+    bench = Bench(material.vlm, material.parts["select"], judge)
     trials: list[Trial] = []
     chosen_in: dict[str, Trial | None] = {}
     before: Trial | None = None

@@ -15,6 +15,7 @@ are looked for anywhere in a sentence, not where a clause begins.  ~ in a phrase
 
 from __future__ import annotations
 
+import hashlib
 import re
 import tomllib
 import unicodedata
@@ -66,9 +67,11 @@ class Phrases:
     unless: re.Pattern[str] | None
     evaded: re.Pattern[str] | None
     turned: re.Pattern[str] | None
+    digest: str = ""
+    """SHA-256 of the file that they are from, hexadecimal; empty for those built in."""
 
     @classmethod
-    def of(cls, table: Mapping[str, Any]) -> Phrases:
+    def of(cls, table: Mapping[str, Any], digest: str = "") -> Phrases:
         """The phrases in a file's `table`, which check_table has passed."""
         spaced = table.get("spaced", True)
         words = {key: [_pattern(phrase, spaced) for phrase in table.get(key, ())] for key in KEYS}
@@ -81,7 +84,7 @@ class Phrases:
             start = starts[key] or inside
             return re.compile(rf"{start}{_any(words[key])}{end}") if words[key] else None
 
-        return cls(**{key: compiled(key) for key in starts})
+        return cls(**{key: compiled(key) for key in starts}, digest=digest)
 
 
 def _any(patterns: Iterable[str]) -> str:
@@ -111,7 +114,7 @@ def load_phrases(path: Path) -> Phrases:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a file of refusals ({error})") from error
     check_table(path, table)
-    return Phrases.of(table)
+    return Phrases.of(table, hashlib.sha256(text).hexdigest())
 
 
 def check_table(path: Path, table: Mapping[str, Any]) -> None:

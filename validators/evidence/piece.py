@@ -100,8 +100,8 @@ class Context:
         return (self.opened(self.edited.weights), None) if self.edited else (self.original, self.guard)
 
     def rules(self, probes: Probes) -> Judge:
-        """What decides whether an answer to `probes` is a refusal."""
-        return self.judge or PhraseJudge(probes.refusal)
+        """The judge of answers to `probes`."""
+        return self.judge or PhraseJudge(probes.refusal, probes.phrases)
 
 
 @dataclass(frozen=True)
