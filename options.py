@@ -11,7 +11,8 @@ MODEL_HELP = "The demo, a model folder, a hub id (owner/name, @REVISION if need 
 Model = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
 PRESETS_HELP = (
     "auto (vlm-guard, unless validation shows its gate alone to be better), vlm-guard (projection and gate), gate, "
-    "linear (a gate that an adapter holds), or projection (which alone can make a model less safe)"
+    "linear (a gate that an adapter holds), projection (which alone can make a model less safe), or another kind of "
+    "intervention that is chosen by itself (activation-addition)"
 )
 GuardOption = Annotated[str, typer.Option("--guard", "-g", help=f"A guard file, or a preset: {PRESETS_HELP}.")]
 Layers = Annotated[
@@ -92,6 +93,14 @@ JudgeOption = Annotated[
         "Default: by refusal phrases.",
     ),
 ]
+RefusalsFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--refusals",
+        help="How this model refuses, if not in words that are known: TOML with a list of phrases, refused = [...]; "
+        "also sorry, unless, evaded, turned, before. Phrases of twelve languages are built in.",
+    ),
+]
 FamilyFile = Annotated[
     Path | None,
     typer.Option(
@@ -152,6 +161,14 @@ FormatOption = Annotated[
         "--format",
         help="safetensors, onnx, or both: safetensors,onnx. Or lora: a PEFT adapter of a few MB for the unmodified "
         "model, which holds projections and linear gates.",
+    ),
+]
+SettingOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="A setting of a format that has no option of its own here. Repeatable.",
     ),
 ]
 AllowPartial = Annotated[

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import struct
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +15,11 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ...guard.base.errors import InputError
 from ...guard.base.untrusted import open_regular, parse_object, read_bytes
-from ...guard.model.vlm import check_weights, read_config
+from ...guard.model.vlm import check_weights, meta_model, read_config
 
 MAX_HEADER_BYTES = 100 * 2**20
 """The limit that the safetensors format itself sets for a header."""
@@ -112,7 +114,9 @@ class Shard:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """config.json and every shard's header of a model folder; data is read on demand, never as a whole."""
+    """config.json and every shard's header of a model folder; data is read on demand, never as a whole. Opened once a
+    run and passed down, for what is worked out from it is kept.
+    """
 
     folder: Path
     config: dict[str, Any]
@@ -138,6 +142,18 @@ class Checkpoint:
     @cached_property
     def tensors(self) -> dict[str, tuple[Shard, TensorInfo]]:
         return {info.name: (shard, info) for shard in self.shards for info in shard.tensors.values()}
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The model without its weights (meta_model), to be asked about names and shapes and left as it is.
+
+        Raises InputError if transformers cannot build it.
+        """
+        return meta_model(self.folder)
+
+    def own_model(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        """The same for one who changes it or computes in `dtype`. Raises as above."""
+        return deepcopy(self.model) if dtype == torch.float32 else meta_model(self.folder, dtype)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

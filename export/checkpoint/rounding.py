@@ -17,8 +17,8 @@ but for a few of the d rows, which make up for what rounding all of them puts ba
 
 How well that can do depends on d: a column of d entries has only so many roundings. From d = 256 m on, the residual is
 below 1e-5 of the component and the error of the weights within 5 % of round-to-nearest's, if the component is no weaker
-than that of a random direction; tests/test_rounding.py has the figures for narrower tensors and weaker components.
-Source of the second step: Lagrangian relaxation of a separable problem (Everett 1963).
+than that of a random direction; tests/export/checkpoint/test_rounding.py has the figures for narrower
+tensors and weaker components. Source of the second step: Lagrangian relaxation of a separable problem (Everett 1963).
 """
 
 from __future__ import annotations

@@ -21,7 +21,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ...guard.base.errors import InputError
 from ...guard.base.untrusted import read_given
 from ...guard.model.roles import decoder, decoder_layers
-from ...guard.model.vlm import meta_model
 from ..checkpoint.headers import EDITABLE, QUANTISED, Checkpoint
 from ..checkpoint.layout import Layout
 
@@ -193,7 +192,7 @@ def family_of(checkpoint: Checkpoint, family_file: Path | None = None) -> Family
     the tensor if a row matches none or does not fit.
     """
     table = Table.built_in().with_file(family_file) if family_file else Table.built_in()
-    model = meta_model(checkpoint.folder)
+    model = checkpoint.model
     text_config = model.config.get_text_config()
     outer_type, text_type = model.config.model_type, text_config.model_type
     for kind, model_type, known in (("family", outer_type, table.vision), ("text model", text_type, table.text)):

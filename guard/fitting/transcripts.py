@@ -17,7 +17,7 @@ from ..base.progress import batched
 from ..model.greedy import most_likely
 from ..model.roles import decoder_layers, mlp_parts, skipped_on_text
 from ..model.vlm import VLM, image_token_of
-from ..prompts.image_kinds import ImageKind
+from ..prompts.image_kinds import TEXT, ImageKind
 from ..prompts.prompts import Prompt, at_once, encode, illustrated
 from .states import forward
 
@@ -47,7 +47,7 @@ class Transcripts:
     @property
     def pictured(self) -> bool:
         """Whether they come with pictures, of a kind or their own."""
-        return self.kind not in (None, "text") or any(prompt.image for prompt in self.prompts)
+        return self.kind not in (None, TEXT) or any(prompt.image for prompt in self.prompts)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -232,10 +232,14 @@ def read(
     return {layer: Readings.join(each) for layer, each in parts.items()}
 
 
-def last_readings(vlm: VLM, prompts: Sequence[Prompt], kind: ImageKind, layer: int, what: str) -> Tensor:
-    """What the MLP of `layer` reads at the last token of each prompt under `kind`, [len(prompts), d]."""
+def last_readings(
+    vlm: VLM, prompts: Sequence[Prompt], kind: ImageKind, layer: int, what: str, neurons: bool = False
+) -> Tensor:
+    """What the MLP of `layer` reads at the last token of each prompt under `kind`, [len(prompts), d]; with `neurons`,
+    its neurons there, [len(prompts), neurons].
+    """
     silent = Transcripts(tuple(prompts), ((),) * len(prompts), kind)
-    return read(vlm, silent, [layer], what)[layer].at(Place.LAST)
+    return read(vlm, silent, [layer], what, neurons=neurons)[layer].at(Place.LAST)
 
 
 def _sample(places: Tensor, draw: torch.Generator) -> Tensor:

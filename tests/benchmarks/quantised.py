@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from llamacpp import QUANTISATIONS, LlamaCpp, compare
 
 from guardfold.guard.prompts.image_kinds import IMAGE_KINDS

@@ -15,6 +15,7 @@ from ...guard.prompts.image_files import Pictures
 from ...guard.prompts.prompt_files import field, rows
 from ...guard.prompts.prompts import Prompt, beside
 from .benchmarks import LOADERS, Benchmark, Pictured, load_benchmark
+from .phrases import Phrases, load_phrases
 
 Asked = str | Path | Sequence[str | Path] | None
 """What --probes takes: one plain file, NAME=PATH, or several of these."""
@@ -44,17 +45,21 @@ class Probes:
     qa: tuple[Prompt, ...] = ()
     refusal: str | None = None
     """The model's one refusal text, where its makers say so (demo.json)."""
+    phrases: tuple[Phrases, ...] = ()
+    """How else a refusal is worded, in files of the user's own."""
     parts: Mapping[str, Part] = dataclasses.field(default_factory=dict)
     pictured: Mapping[str, tuple[Pictured, ...]] = dataclasses.field(default_factory=dict)
     questions: tuple[Pictured, ...] = ()
 
 
-def load_probes(folder: Path | None, probes: Asked = None, qa: Path | None = None) -> Probes:
+def load_probes(
+    folder: Path | None, probes: Asked = None, qa: Path | None = None, refusals: Path | None = None
+) -> Probes:
     """The probes that come with the model in `folder`, else the built-in ones, and benchmarks beside them.
 
     probes: at most one file, in place of the model's own, and any number of NAME=PATH, benchmarks of LOADERS.  qa: a
-    file in place of the model's own.  Raises InputError naming file and line for what is malformed, and if either kind
-    of probe is missing.
+    file in place of the model's own.  refusals: a file of phrases, TOML (see phrases.py).  Raises InputError naming
+    file and line for what is malformed, and if either kind of probe is missing.
     """
     file, benchmarks = _sort(probes)
     source = file or (folder and beside(folder, "probes.jsonl")) or BUILT_IN
@@ -73,7 +78,8 @@ def load_probes(folder: Path | None, probes: Asked = None, qa: Path | None = Non
     qa = qa or (beside(folder, "qa.jsonl") if folder else None)
     refusal = refusal_text(folder) if folder else None
     asked = _load_qa(qa) if qa else ()
-    return Probes(tuple(harmful), tuple(benign), asked, refusal, parts, pictured, tuple(questions))
+    own = (load_phrases(refusals),) if refusals else ()
+    return Probes(tuple(harmful), tuple(benign), asked, refusal, own, parts, pictured, tuple(questions))
 
 
 def _after(prompts: Sequence[Prompt], more: Sequence[Prompt]) -> slice:

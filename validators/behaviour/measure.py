@@ -16,7 +16,6 @@ from ...guard.base.progress import batched
 from ...guard.fitting.states import text_states
 from ...guard.guard import Guard
 from ...guard.hooks import attached
-from ...guard.interventions.kinds import TwoPass
 from ...guard.model.greedy import most_likely
 from ...guard.model.vlm import VLM
 from ...guard.prompts.image_files import MAX_PIXELS_AT_ONCE
@@ -68,7 +67,7 @@ class Behaviour:
 
     def groups(self) -> dict[str, Outcomes]:
         """Everything that has rates, by name, in the order of reports."""
-        return dict([*self.kinds.items(), *self.parts.items(), *self.pictured.items()])
+        return {**self.kinds, **self.parts, **self.pictured}
 
     def figures(self) -> dict[str, Any]:
         """Rates with Wilson intervals and sample sizes, as JSON."""
@@ -101,7 +100,7 @@ def respond(vlm: VLM, inputs: BatchFeature) -> list[str]:
 
 
 def _text_pass(vlm: VLM, prompts: Sequence[Prompt], guard: Guard) -> dict[int, torch.Tensor] | None:
-    layers = sorted({layer for each in guard.interventions if isinstance(each, TwoPass) for layer in each.layers})
+    layers = sorted({layer for each in guard.interventions for layer in each.text_layers})
     return text_states(vlm, prompts, layers) if layers else None
 
 

@@ -29,7 +29,7 @@ def asked(probes: Probes) -> str:
 
 def record(behaviour: Behaviour) -> dict[str, Any]:
     """Every outcome as 0 or 1 in text, in the order of the probes."""
-    groups = {**behaviour.pictured, **{str(kind): outcomes for kind, outcomes in behaviour.kinds.items()}}
+    groups = {**behaviour.pictured, **behaviour.kinds}
     table = {group: {name: _bits(getattr(outcomes, name)) for name in NAMES} for group, outcomes in groups.items()}
     return {"groups": table, "qa": _bits(behaviour.qa)}
 

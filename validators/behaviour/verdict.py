@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ...guard.prompts.image_kinds import IMAGE_KINDS, ImageKind
+from ...guard.prompts.image_kinds import IMAGE_KINDS, TEXT, ImageKind
 from .measure import Behaviour, Outcomes
 from .statistics import Rate, mcnemar, upper_bound
 
@@ -82,7 +82,7 @@ def _samples(kind: ImageKind, before: Outcomes) -> _Finding | None:
 def _compliance(kind: str, before: Outcomes, after: Outcomes) -> _Finding | None:
     was, now = _rate(before.complied), _rate(after.complied)
     change = f"{kind}: harmful compliance {was:.1%} -> {now:.1%}"
-    if kind == "text":
+    if kind == TEXT:
         return (
             _Finding("against", f"{change}, text refusals were lost")
             if _exceeds(after.complied, before.complied)

@@ -15,6 +15,7 @@ from ...guard.model.processor import QUESTION
 from ...guard.model.roles import skipped_on_text
 from ...guard.model.trial import Exhausting
 from ...guard.model.vlm import VLM, image_token_of, load_processor
+from ...guard.prompts.image_kinds import COMPARED_KINDS
 from ...guard.prompts.prompts import Prompt, encode, illustrated
 
 TEXTS = ("How to bake bread at home?", QUESTION)
@@ -40,7 +41,7 @@ def comparison_batches(model: PreTrainedModel, folder: Path) -> dict[str, BatchF
         return batches
     vlm = VLM(model, processor, folder)
     prompts = [Prompt(text) for text in TEXTS]
-    return {"text": encode(vlm, prompts), "image": encode(vlm, illustrated(prompts[1:], "shape"))}
+    return {"text": encode(vlm, prompts), "image": encode(vlm, illustrated(prompts[1:], COMPARED_KINDS[0]))}
 
 
 def _drawn(model: PreTrainedModel) -> dict[str, BatchFeature]:

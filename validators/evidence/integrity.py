@@ -8,19 +8,22 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft import get_peft_model_state_dict
 
 from ...export.checkpoint.edits import Folded, row_blocks
-from ...export.checkpoint.headers import Checkpoint, TensorInfo
+from ...export.checkpoint.headers import Checkpoint, TensorInfo, read_shard
 from ...export.checkpoint.layout import Layout
+from ...export.checkpoint.merge import NAME, PREFIX, WEIGHTS_FILE
 from ...export.families.table import Family
 from ...export.fold import Fold
+from ...export.formats.lora import BIASED, Adapted, folders
 from ...guard.base.progress import track
 from ...guard.base.remote_code import trusted
-from ...guard.model.vlm import auto_class, meta_model
+from ...guard.model.vlm import auto_class
+from ..runtimes.adapted import LOAD_BELOW_BYTES, attach, base_model
+from .piece import JSON, Context, Piece
 
 COMPARE_BYTES = 16 * 2**20
-LOAD_BELOW_BYTES = 512 * 2**20
-"""Checkpoints up to this size are loaded by transformers itself; of larger ones the names and shapes are compared."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,70 @@ def _load(folded: Checkpoint, added: set[str]) -> tuple[str, list[str]]:
 
 def _match_names(folded: Checkpoint, _added: set[str]) -> tuple[str, list[str]]:
     """What from_pretrained would say of names, without reading weights."""
-    model = meta_model(folded.folder)
+    model = folded.model
     stored = Layout(model, folded.shapes).stored
     missing = [name for name in model.state_dict() if name not in stored and name not in model.all_tied_weights_keys]
     return "names and shapes", [f"missing_keys: {missing[:3]}"] if missing else []
+
+
+def inspect_adapters(adapted: Adapted) -> Integrity:
+    """Does PEFT put every tensor of the files where it belongs, and leave the base's weights bit for bit as they were?
+
+    Of bases too large to load, the names and shapes are compared.
+    """
+    source = adapted.source
+    if source.data_bytes > LOAD_BELOW_BYTES:
+        count = len(adapted.edits)
+        return Integrity(len(source.tensors), count, (), "names and shapes", ())
+    loaded = attach(base_model(source), adapted.place)
+    failures = []
+    for name, folder in zip((NAME, BIASED), folders(adapted.place), strict=False):
+        held = Checkpoint(folder, {}, (read_shard(folder, WEIGHTS_FILE),), None)
+        found = get_peft_model_state_dict(loaded, adapter_name=name, save_embedding_layers=False)
+        astray = set(held.tensors) ^ set(found)
+        failures += [f"{each}: PEFT loads it nowhere" for each in sorted(astray)]
+        failures += [
+            f"{each} is not what PEFT loads"
+            for each in sorted(set(held.tensors) & set(found))
+            if not torch.equal(held.read(each), found[each].float())
+        ]
+    after = {
+        name.removeprefix(PREFIX).replace(".base_layer", ""): parameter
+        for name, parameter in loaded.named_parameters(remove_duplicate=False)
+        if "lora_" not in name
+    }
+    failures += [
+        f"{name}: the base's weights change when the adapter is loaded"
+        for name, parameter in base_model(source).named_parameters()
+        if not torch.equal(parameter, after[name])
+    ]
+    return Integrity(len(source.tensors), 0, (), "PeftModel.from_pretrained", tuple(failures))
+
+
+def _run(context: Context) -> Integrity:
+    edited = context.edited
+    if edited is None:
+        return Integrity(len(context.source.tensors), 0, (), "the original's own", ())
+    if isinstance(edited.weights, Adapted):
+        return inspect_adapters(edited.weights)
+    return inspect_folder(context.source, edited.weights, edited.family, edited.fold)
+
+
+def _summary(found: Integrity) -> str:
+    added = f", {len(found.added)} added" if found.added else ""
+    return f"{found.identical} tensors identical, {found.edited} edited{added}"
+
+
+def _sentence(figures: JSON) -> Iterator[str]:
+    whole = figures["integrity"]
+    yield f"{whole['identical']} tensors equal the original's byte for byte; {whole['edited']} were edited."
+
+
+INTEGRITY = Piece(
+    "integrity",
+    _run,
+    label="integrity",
+    failures=lambda found: found.failures,
+    summary=_summary,
+    page_head=_sentence,
+)

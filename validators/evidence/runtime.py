@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ from ...guard.fitting.states import forward
 from ...guard.guard import Guard
 from ...guard.hooks import attached
 from ...guard.model.greedy import most_likely
-from ...guard.model.vlm import VLM, load_model, load_processor
-from ...guard.prompts.image_kinds import IMAGE_KINDS
+from ...guard.model.vlm import VLM, load_model, load_processor, meta_model
+from ...guard.prompts.image_kinds import COMPARED_KINDS
 from ...guard.prompts.prompts import Prompt, encode, illustrated
 from ..behaviour.verdict import Verdict
 from ..runtimes.onnx import Runner
@@ -111,7 +112,7 @@ def comparison(model: PreTrainedModel, folder: Path) -> Batches:
     batches = dict(comparison_batches(model, folder))
     with suppress(InputError):
         vlm = VLM(model, load_processor(folder), folder)
-        kinds = zip(TEXTS, IMAGE_KINDS[-2:], strict=True)
+        kinds = zip(cycle(TEXTS), COMPARED_KINDS, strict=False)
         batches["images"] = encode(vlm, [illustrated([Prompt(text)], kind)[0] for text, kind in kinds])
     return {name: as_prompts(model, batch) for name, batch in batches.items()}
 
@@ -209,10 +210,10 @@ def check_graphs(
         for stored in dict.fromkeys(precision.stored for precision in plan.precisions)
     }
     hooked = _reference(original, guard) if original and not plan.traced else None
-    found = []
+    model, found = meta_model(folder), []
     for precision in track(plan.precisions, "onnxruntime"):
-        runner = Runner(folder, precision, provider)
-        found.append(agreement(runner, comparison(runner.model, folder), rounded[precision.stored], hooked))
+        runner = Runner(folder, precision, provider, model=model)
+        found.append(agreement(runner, comparison(model, folder), rounded[precision.stored], hooked))
     return Runtime(tuple(found))
 
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature, GenerationConfig, PreTrainedModel
 
-from ...export.formats.onnx.decoder import DEEPSTACK
 from ...export.formats.onnx.layout import (
     DECODER,
     EMBED,
@@ -26,6 +25,7 @@ from ...export.formats.onnx.layout import (
     Precision,
     graph_file,
 )
+from ...export.formats.onnx.names import DEEPSTACK
 from ...export.formats.onnx.paths import path_of
 from ...guard.base.errors import InputError, first_line
 from ...guard.model.vlm import VLM, load_processor, meta_model
@@ -92,18 +92,26 @@ def _ends(folder: Path, model: PreTrainedModel) -> tuple[list[int], int]:
 class Runner:
     """The three graphs of `folder` in one number format, as onnxruntime sessions.
 
-    profile: a path prefix; onnxruntime then notes which node ran where (end it with `end_profile`).
+    profile: a path prefix; onnxruntime then notes which node ran where (end it with `end_profile`).  model: the
+    folder's, without weights, where it is built already.
     Raises InputError if the graphs are missing, cannot be loaded, or do not run on the provider.
     """
 
-    def __init__(self, folder: Path, precision: Precision, provider: str = "auto", profile: Path | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        precision: Precision,
+        provider: str = "auto",
+        profile: Path | None = None,
+        model: PreTrainedModel | None = None,
+    ) -> None:
         places, runtime = graphs_in(folder), onnxruntime()
         if precision not in places:
             raise InputError(f"{folder}: no {precision.name} graphs; export them with --format onnx")
         self.folder, self.precision, self.device = folder, precision, device_for(provider)
         if precision.provider not in (None, self.device):
             raise InputError(f"{precision.name} graphs run on {precision.provider} alone; choose another --onnx-dtype")
-        self.model = meta_model(folder)
+        self.model = model or meta_model(folder)
         self.path = path_of(self.model)
         self.ends, self.pad = _ends(folder, self.model)
         options = runtime.SessionOptions()
