@@ -13,7 +13,9 @@ from huggingface_hub import ModelCardData, metadata_load
 from ..._version import __version__
 from ...guard.base.hub import is_hub_id
 from ...guard.base.remote_code import code_of
+from ...guard.base.untrusted import printable
 from ...guard.guard import Guard
+from ...guard.model.greedy import asks_for
 from ...guard.model.vlm import auto_class, read_config
 from ..formats import formats_in
 from ..formats.base import Notes
@@ -74,7 +76,7 @@ def write_card(
         "## Measured",
         measured,
         *(f"![{caption}]({path})" for path, caption in (pictures or {}).items()),
-        _LIMITS,
+        _LIMITS.format(asked=_asked(source.folder)),
         _AGAIN.format(**names),
         _LICENCE.format(**names),
     ]
@@ -126,6 +128,12 @@ def _terms(folder: Path) -> dict[str, str]:
     return terms if re.fullmatch(r"[a-z0-9][a-z0-9.\-]*", terms.get("license", "")) else {}
 
 
+def _asked(folder: Path) -> str:
+    """What clients do with an answer that was not done here, as a parenthesis."""
+    asked = ", ".join(f"`{name}` {printable(json.dumps(value))}" for name, value in asks_for(folder).items())
+    return f" (without {asked}, which `generation_config.json` asks clients for)" if asked else ""
+
+
 _TERMS = ("license", "license_name", "license_link")
 
 
@@ -168,8 +176,8 @@ _LIMITS = """\
 - Projecting a safety direction out is, on its own, the same edit as refusal ablation and can make a model less safe.
   Only the figures above say what it did here.
 - A guard in the weights can be removed by whoever holds the weights, and is not adversarially robust.
-- Refusals were judged by their phrases, answers were decoded greedily, and the probes are short plain questions; other
-  prompts, languages, images and attacks were not measured.
+- Refusals were judged by their phrases, answers were decoded greedily{asked}, and the probes are short plain questions;
+  other prompts, languages, images and attacks were not measured.
 - What the original gets wrong, this gets wrong as well."""
 
 _AGAIN = """\

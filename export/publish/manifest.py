@@ -13,6 +13,7 @@ from ..._version import __version__
 from ...guard.base.errors import InputError
 from ...guard.base.untrusted import entries, open_regular, parse_object, printable, read_bytes
 from ...guard.guard import Guard
+from ...guard.model.greedy import asks_for
 from ..checkpoint.rounding import Rounding
 from ..checkpoint.staging import MANIFEST
 from ..source import Source
@@ -75,6 +76,7 @@ def write_manifest(
             "provenance": dict(guard.provenance),
         },
         "rounding": rounding,
+        "decoding": {"measured": "greedy", "not_applied": asks_for(source.folder)},
         "files": file_hashes(folder),
         "figures": evidence,
     }

@@ -16,7 +16,8 @@ from ...guard.base.progress import batched
 from ...guard.fitting.states import text_states
 from ...guard.guard import Guard
 from ...guard.hooks import attached
-from ...guard.model.vlm import VLM, running
+from ...guard.model.greedy import most_likely
+from ...guard.model.vlm import VLM
 from ...guard.prompts.image_files import MAX_PIXELS_AT_ONCE
 from ...guard.prompts.image_kinds import IMAGE_KINDS, ImageKind
 from ...guard.prompts.prompts import Prompt, at_once, check_words, encode, illustrated, pixels
@@ -94,10 +95,7 @@ def generate(
 
 def respond(vlm: VLM, inputs: BatchFeature) -> list[str]:
     """Greedy answers to one encoded batch, special tokens left out."""
-    model: Any = vlm.model
-    with running(model):
-        tokens = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
-        new = tokens[:, inputs["input_ids"].shape[1] :]
+    new = most_likely(vlm.model, inputs, MAX_NEW_TOKENS)[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in vlm.processor.batch_decode(new, skip_special_tokens=True)]
 
 

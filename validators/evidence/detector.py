@@ -41,8 +41,9 @@ def _section(view: View) -> Iterator[str]:
 
 
 def _histogram(interventions: Sequence[Mapping[str, Any]], scores: Mapping[str, Sequence[float]]) -> str:
-    gate = next(each for each in interventions if {"t0", "t1"} <= each.keys())
-    return detector_histogram(scores, gate["t0"], gate["t1"])
+    """A linear gate has no thresholds."""
+    gate = next((described for described in interventions if {"t0", "t1"} <= described.keys()), None)
+    return detector_histogram(scores, {name: gate[name] for name in ("t0", "t1")} if gate else {})
 
 
 def _held_out(held_out: Mapping[str, Any]) -> str:

@@ -27,7 +27,7 @@ from ...guard.base.progress import bar
 from ...guard.fitting.states import forward
 from ...guard.guard import Guard
 from ...guard.hooks import attached
-from ...guard.model.vlm import running
+from ...guard.model.greedy import most_likely
 from ..runtimes.adapted import running as running_adapted
 from ..runtimes.streamed import streamed
 from .batches import comparison_batches
@@ -112,16 +112,14 @@ def _logits(model: PreTrainedModel, batches: Batches) -> Logits:
     return compared
 
 
-def _greedy(model: Any, batches: Batches) -> list[int]:
+def _greedy(model: PreTrainedModel, batches: Batches) -> list[int]:
     """GREEDY_TOKENS most likely tokens after every prompt, with a KV cache, one list for all."""
-    count = {"min_new_tokens": GREEDY_TOKENS, "max_new_tokens": GREEDY_TOKENS, "do_sample": False}
-    with running(model):
-        return [
-            token
-            for batch in batches.values()
-            for row in model.generate(**batch, **count)[:, batch["input_ids"].shape[1] :].tolist()
-            for token in row
-        ]
+    return [
+        token
+        for batch in batches.values()
+        for row in most_likely(model, batch, GREEDY_TOKENS, min_new_tokens=GREEDY_TOKENS)
+        for token in row[batch["input_ids"].shape[1] :].tolist()
+    ]
 
 
 def _agreement(a: Sequence[Any], b: Sequence[Any]) -> float | None:

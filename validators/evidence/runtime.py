@@ -27,7 +27,8 @@ from ...guard.base.progress import track
 from ...guard.fitting.states import forward
 from ...guard.guard import Guard
 from ...guard.hooks import attached
-from ...guard.model.vlm import VLM, load, load_processor, meta_model, running
+from ...guard.model.greedy import most_likely
+from ...guard.model.vlm import VLM, load_model, load_processor, meta_model
 from ...guard.prompts.image_kinds import COMPARED_KINDS
 from ...guard.prompts.prompts import Prompt, encode, illustrated
 from ..behaviour.verdict import Verdict
@@ -128,14 +129,13 @@ def observe(model: Any, batches: Batches, guard: Guard | None = None) -> Referen
     """What `model` says in torch, with `guard`'s hooks if there is one."""
     ends = model.generation_config.eos_token_id
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    count = {"min_new_tokens": GREEDY_TOKENS, "max_new_tokens": GREEDY_TOKENS, "do_sample": False}
+    more = {"min_new_tokens": GREEDY_TOKENS, "output_logits": True, "return_dict_in_generate": True}
     found = {}
     with attached(model, guard) if guard else nullcontext():
         for name, batch in batches.items():
             logits = forward(model, batch, use_cache=False).logits.float()[batch["attention_mask"].bool()]
             start = time.perf_counter()
-            with running(model):
-                made = model.generate(**batch, **count, output_logits=True, return_dict_in_generate=True)
+            made = most_likely(model, batch, GREEDY_TOKENS, **more)
             seconds = time.perf_counter() - start
             tokens = made.sequences[:, batch["input_ids"].shape[1] :]
             steps = torch.stack(made.logits).float()
@@ -219,7 +219,7 @@ def check_graphs(
 
 def _reference(folder: Path, guard: Guard | None, stored: torch.dtype = torch.float32) -> Reference:
     """What the model in `folder`, its weights rounded to `stored`, says in torch, computing in float32."""
-    model = load(folder, "cpu", torch.float32).model
+    model = load_model(folder, "cpu", torch.float32)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(stored).float()
     return observe(model, comparison(model, folder), guard)

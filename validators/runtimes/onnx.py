@@ -27,7 +27,7 @@ from ...export.formats.onnx.layout import (
 )
 from ...export.formats.onnx.names import DEEPSTACK
 from ...export.formats.onnx.paths import path_of
-from ...guard.base.errors import InputError
+from ...guard.base.errors import InputError, first_line
 from ...guard.model.vlm import VLM, load_processor, meta_model
 
 PAST, PRESENT = "past_key_values", "present"
@@ -78,7 +78,12 @@ class State:
 def _ends(folder: Path, model: PreTrainedModel) -> tuple[list[int], int]:
     """(tokens that end an answer, the token that fills what is after)."""
     saved = (folder / "generation_config.json").is_file()
-    config = GenerationConfig.from_pretrained(folder) if saved else model.generation_config
+    try:
+        config = GenerationConfig.from_pretrained(folder) if saved else model.generation_config
+    except Exception as error:  # foreign numbers can break it in any way
+        raise InputError(
+            f"{folder / 'generation_config.json'}: transformers does not take it ({first_line(error)})"
+        ) from error
     ends = config.eos_token_id
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     return ends, config.pad_token_id if config.pad_token_id is not None else next(iter(ends), 0)
