@@ -128,13 +128,13 @@ def _terms(folder: Path) -> dict[str, str]:
     return terms if re.fullmatch(r"[a-z0-9][a-z0-9.\-]*", terms.get("license", "")) else {}
 
 
+_TERMS = ("license", "license_name", "license_link")
+
+
 def _asked(folder: Path) -> str:
     """What clients do with an answer that was not done here, as a parenthesis."""
     asked = ", ".join(f"`{name}` {printable(json.dumps(value))}" for name, value in asks_for(folder).items())
     return f" (without {asked}, which `generation_config.json` asks clients for)" if asked else ""
-
-
-_TERMS = ("license", "license_name", "license_link")
 
 
 def _standing(ruling: str, verified: bool) -> str:

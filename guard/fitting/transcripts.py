@@ -17,7 +17,7 @@ from ..base.progress import batched
 from ..model.greedy import most_likely
 from ..model.roles import decoder_layers, mlp_parts, skipped_on_text
 from ..model.vlm import VLM, image_token_of
-from ..prompts.image_kinds import ImageKind
+from ..prompts.image_kinds import TEXT, ImageKind
 from ..prompts.prompts import Prompt, at_once, encode, illustrated
 from .states import forward
 
@@ -47,7 +47,7 @@ class Transcripts:
     @property
     def pictured(self) -> bool:
         """Whether they come with pictures, of a kind or their own."""
-        return self.kind not in (None, "text") or any(prompt.image for prompt in self.prompts)
+        return self.kind not in (None, TEXT) or any(prompt.image for prompt in self.prompts)
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -27,7 +27,8 @@ PROJECTED = 100
 @dataclass(frozen=True)
 class Effects:
     """What the guard does inside, by image kind. kl: mean KL(original || with hooks) per token of benign answers, nats.
-    auc: how well its detector tells harmful probes from benign ones (empty without one).  projections: "harmful" and
+    auc: how well its detector tells harmful probes from benign ones (empty without one; without text where its layer
+    does not run on text).  projections: "harmful" and
     "benign" -> components of up to PROJECTED prompts' last states along v_1 of `layer`, without the guard.
     """
 
