@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from .._version import __version__
-from ..export.formats import formats_in
+from ..export.formats import FORMATS
 from ..export.formats.base import Job
 from ..export.formats.safetensors import Safetensors
 from ..export.publish.manifest import GUARD_FILE, written_rounding
@@ -48,12 +48,9 @@ def check_guarded(
 
     Raises InputError if either cannot be loaded or `folder` brings no guard file.
     """
-    origin, guard, rounding = (
-        opened(against, family_file),
-        Guard.load(folder / GUARD_FILE, folder),
-        written_rounding(folder),
-    )
-    form = next((cls for cls in formats_in(folder) if not cls.derived), Safetensors)()
+    origin, guard = opened(against, family_file), Guard.load(folder / GUARD_FILE, folder)
+    rounding = written_rounding(folder)
+    form = next((cls for cls in FORMATS.values() if not cls.derived and cls.found(folder)), Safetensors)()
     with based_on(origin, adapter, folder.parent) as model, threads_for(model.folder), TemporaryDirectory() as aside:
         held = form.hold(model, guard)
         artefact = form.open(Job(model, held, folder, model.checkpoint, Path(aside)))

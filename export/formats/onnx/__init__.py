@@ -35,7 +35,7 @@ class Onnx(Format):
 
     name = "onnx"
     derived = True
-    files = ("*.onnx", "*.onnx_data")
+    files = ("*.onnx", "*.onnx_data*")
     names: str = "onnx"
     onnx_dtype: str = "fp32"
     onnx_weights: Weights = "copy"
