@@ -7,6 +7,7 @@
 | unless | what follows a phrase of the two above is none after all ("I can't stress enough ...") |
 | evaded | it neither declines nor helps |
 | turned | wherever it stands: what began as a refusal went on to help |
+| resumed | wherever it stands: an evasion went on to help |
 | before | words that may stand between the beginning of a clause and a phrase |
 
 `spaced = false`: the language puts no spaces between words.  `anywhere = true`: its verbs come last, so phrases
@@ -31,7 +32,7 @@ from ...guard.base.untrusted import read_given
 
 MAX_FILE_BYTES = 2**20
 MAX_PHRASE = 200
-KEYS = ("refused", "sorry", "unless", "evaded", "turned", "before")
+KEYS = ("refused", "sorry", "unless", "evaded", "turned", "resumed", "before")
 THINKING = re.compile(
     r"<(think|thinking|reasoning|thought)>.*?(?:</\1>|\Z)|\[think\].*?(?:\[/think\]|\Z)"
     r"|◁think▷.*?(?:◁/think▷|\Z)|<\|channel\|>analysis.*?(?:<\|channel\|>final<\|message\|>|\Z)",
@@ -67,6 +68,7 @@ class Phrases:
     unless: re.Pattern[str] | None
     evaded: re.Pattern[str] | None
     turned: re.Pattern[str] | None
+    resumed: re.Pattern[str] | None
     digest: str = ""
     """SHA-256 of the file that they are from, hexadecimal; empty for those built in."""
 
@@ -77,7 +79,8 @@ class Phrases:
         words = {key: [_pattern(phrase, spaced) for phrase in table.get(key, ())] for key in KEYS}
         end = r"(?!\w)" if spaced else ""
         lead = "" if table.get("anywhere") else rf"{CLAUSE}(?:{_any(words['before'])}{end}[,\s]*){{0,3}}"
-        starts = {"refused": lead, "sorry": lead, "evaded": lead, "unless": r"\W*(?:\w+\W+){0,3}?", "turned": ""}
+        starts = {"refused": lead, "sorry": lead, "evaded": lead, "unless": r"\W*(?:\w+\W+){0,3}?"}
+        starts |= {"turned": "", "resumed": ""}
         inside = r"(?<!\w)" if spaced else ""
 
         def compiled(key: str) -> re.Pattern[str] | None:
