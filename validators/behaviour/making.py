@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ... import __version__
+from ...export.checkpoint.config import check_new_model
 from ...export.checkpoint.headers import Checkpoint
 from ...export.families.table import family_of
-from ...export.fold import Placement
+from ...export.fold import Placement, widened
 from ...export.publish.card import Source
 from ...guard.base.errors import InputError
 from ...guard.base.untrusted import is_file
@@ -24,6 +25,7 @@ from ...guard.presets import DEFAULT_PRESET, Preset, presets
 from ...guard.presets.layers import DEFAULT_LAYERS, Scope, parse_layers
 from ...guard.presets.projection import MAX_ANCHORS
 from ...guard.prompts.prompts import BUILT_IN_ANCHORS, beside, load_anchors
+from ...guard.weight_edits import ReplaceNeurons
 from .evaluation_prompts import refusal_text
 from .judge import PhraseJudge
 from .selection import Bench, Trial, best, choose, sample_scores, scrutinise
@@ -83,7 +85,10 @@ def _made(folder: Path, name: str, preset: Preset, options: GuardOptions) -> Gua
     anchors = load_anchors(options.anchors or beside(folder, "anchors.jsonl") or BUILT_IN_ANCHORS)
     if options.rank > min(len(anchors), MAX_ANCHORS):
         raise InputError(f"--rank {options.rank}: more than the {min(len(anchors), MAX_ANCHORS)} anchor pairs")
-    family = family_of(Checkpoint.open(folder), options.family)
+    checkpoint = Checkpoint.open(folder)
+    family = family_of(checkpoint, options.family)
+    if options.placement == "widen" and any(ReplaceNeurons in kind.asks for kind in preset.makes):
+        check_new_model(checkpoint, family, widened(family, checkpoint.shapes))
     settings = Settings(
         scope=options.scope,
         rank=options.rank,
