@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...guard.base.errors import InputError
-from ...guard.base.untrusted import open_regular, parse_object, read_bytes
+from ...guard.base.errors import InputError, first_line
+from ...guard.base.untrusted import inside, open_regular, parse_object, read_bytes
 from ...guard.model.vlm import check_weights, meta_model, read_config
 
 MAX_HEADER_BYTES = 100 * 2**20
@@ -184,7 +185,7 @@ class Checkpoint:
 
 
 def _refuse_quantised(folder: Path, config: dict[str, Any]) -> None:
-    parts = (config, *(part for part in config.values() if isinstance(part, dict)))
+    parts = (part for part in inside(config) if isinstance(part, dict))
     found = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
     if found:
         method = found.get("quant_method") if isinstance(found, dict) else None
@@ -231,7 +232,12 @@ def read_shard(folder: Path, name: str) -> Shard:
     with os.fdopen(open_regular(folder, name), "rb") as file:
         stamp = _stamp(file.fileno())
         header = file.read(header_bytes(file.read(8), stamp.size, str(path)))
-    return Shard(path, header, parse_header(header, stamp.size, str(path)), stamp)
+    tensors = parse_header(header, stamp.size, str(path))
+    try:
+        with safe_open(path, "pt"):
+            return Shard(path, header, tensors, stamp)
+    except Exception as error:  # what is sound here and not there is read by nobody else
+        raise InputError(f"{path}: safetensors does not read it ({first_line(error)})") from error
 
 
 def header_bytes(start: bytes, size: int, where: str) -> int:
@@ -294,6 +300,8 @@ def _read_index(folder: Path) -> dict[str, Any]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{path}: no weight_map")
+    if not isinstance(index.get("metadata"), dict):
+        raise InputError(f'{path}: no metadata, without which transformers does not load it; add "metadata": {{}}')
     for name, file_name in weight_map.items():
         if not isinstance(file_name, str) or not re.fullmatch(r"[\w.\-]+\.safetensors", file_name):
             raise InputError(f"{path}: tensor {name!r} is in {file_name!r}, which is not a file of this folder")

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..._version import __version__
-from ...export.fold import Placement
+from ...export.checkpoint.config import check_new_model
+from ...export.fold import Placement, widened
 from ...export.model import OpenModel
 from ...export.source import Source
 from ...guard.base.errors import InputError
@@ -23,6 +24,7 @@ from ...guard.presets import DEFAULT_PRESET, Preset, presets
 from ...guard.presets.layers import DEFAULT_LAYERS, Scope, parse_layers
 from ...guard.presets.projection import MAX_ANCHORS
 from ...guard.prompts.prompts import BUILT_IN_ANCHORS, beside, load_anchors
+from ...guard.weight_edits import ReplaceNeurons
 from .evaluation_prompts import refusal_text
 from .judge import Judge, PhraseJudge
 from .selection import Bench, Trial, best, choose, sample_scores, scrutinise
@@ -102,6 +104,8 @@ def _made(model: OpenModel, preset: Preset, options: GuardOptions, judge: Judge 
     anchors = load_anchors(options.anchors or beside(folder, "anchors.jsonl") or BUILT_IN_ANCHORS)
     if options.rank > min(len(anchors), MAX_ANCHORS):
         raise InputError(f"--rank {options.rank}: more than the {min(len(anchors), MAX_ANCHORS)} anchor pairs")
+    if options.placement == "widen" and any(ReplaceNeurons in kind.asks for kind in preset.makes):
+        check_new_model(model.checkpoint, family, widened(family, model.checkpoint.shapes))
     settings = Settings(
         scope=options.scope,
         rank=options.rank,

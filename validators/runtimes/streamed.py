@@ -39,11 +39,10 @@ class _Weights:
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, fold: Fold, dtype: torch.dtype) -> None:
         self.checkpoint, self.dtype = checkpoint, dtype
         self.layout = Layout(model, {**checkpoint.shapes, **fold.grown})
-        tied = dict(model.all_tied_weights_keys)
+        self.tied = dict(self.layout.tied)
         if fold.untie:  # the config says untied already, the file does not yet
             head, embedding = head_of(model), model.get_input_embeddings()
-            tied[module_name(model, head) + "weight"] = module_name(model, embedding) + "weight"
-        self.tied = {name: of for name, of in tied.items() if name not in self.layout.stored}
+            self.tied.setdefault(module_name(model, head) + "weight", module_name(model, embedding) + "weight")
         self.files = {shard.path: open_regular(checkpoint.folder, shard.path.name) for shard in checkpoint.shards}
         self.folded = {
             name: Folded(
