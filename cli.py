@@ -436,7 +436,7 @@ def verify(
 
 def _options(**given: Any) -> GuardOptions:
     from .export.fold import PLACEMENTS
-    from .guard.presets.presets import SCOPES
+    from .guard.presets.layers import SCOPES
     from .pipeline import GuardOptions
 
     _check_choices(("scope", given["scope"], SCOPES), ("placement", given["placement"], PLACEMENTS))

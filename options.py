@@ -11,7 +11,8 @@ MODEL_HELP = "The demo, a model folder, a hub id (owner/name, @REVISION if need 
 Model = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
 PRESETS_HELP = (
     "auto (vlm-guard, unless validation shows its gate alone to be better), vlm-guard (projection and gate), gate, "
-    "linear (a gate that an adapter holds), or projection (which alone can make a model less safe)"
+    "linear (a gate that an adapter holds), projection (which alone can make a model less safe), or another kind of "
+    "intervention that is chosen by itself (activation-addition)"
 )
 GuardOption = Annotated[str, typer.Option("--guard", "-g", help=f"A guard file, or a preset: {PRESETS_HELP}.")]
 Layers = Annotated[

@@ -1,19 +1,26 @@
-"""A guard as edits of a checkpoint: which tensors change, and how. No files, no models, no weights."""
+"""A guard as edits of a checkpoint: which tensors change, and how. No files, no models, no weights.
+
+Interventions say what they ask of weights (guard/weight_edits.py); RESOLVE says, ask by ask, which tensors that is in a
+family. Nothing here knows an intervention.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..guard.base.errors import InputError
-from ..guard.guard import Guard, Intervention
-from ..guard.interventions.kinds import NEURONS, Gate, LinearGate, SharedProjection, SublayerProjection, TwoPass
+from ..guard.guard import Guard
+from ..guard.weight_edits import AddBias, AddLowRank, MLPForm, ProjectWrites, ReplaceNeurons, WeightEdit
 from .checkpoint.edits import (
-    AddLowRank,
+    AddProduct,
     Edit,
     ProjectColumns,
     Projecting,
@@ -22,12 +29,14 @@ from .checkpoint.edits import (
     SetColumns,
     SetRows,
 )
-from .families.table import Family, PostNorm, Writer
+from .families.table import MLP, Family, PostNorm, Writer
 
 Placement = Literal["recycle", "widen"]
 PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 WIDEN_BY = 256
-"""A widened MLP grows by this many neurons, so that what was divisible by 256 stays so; all but the gate's are zero."""
+"""A widened MLP grows by a multiple of this, so that what was divisible by 256 stays so; the neurons not asked for are
+zero.
+"""
 
 SMALLEST_GAIN = 1e-3
 """A post-norm whose gains span more than this (least to largest) is not folded: what is divided by them would explode.
@@ -85,78 +94,127 @@ def fold(guard: Guard, family: Family, shapes: Mapping[str, Shape], read: Read |
     InputError if an intervention does not fit the model or cannot be held by weights.
     """
     guard.check_fits(family.layers, family.width)
-    widened = _widen(guard, family, shapes)
+    site = Site(family, shapes, shapes, read)
+    asked = [edit for intervention in guard.interventions for edit in intervention.edits(site.form_of)]
+    grown = _grown(asked, site)
+    site = replace(site, shapes={**shapes, **grown.grown}, replaced=_replaced(asked, site))
     edits: dict[str, list[Edit]] = {}
-    for each in guard.interventions:
-        for name, edit in _edits(each, family, {**shapes, **widened.grown}, read):
-            edits.setdefault(name, []).append(edit)
+    for edit in asked:
+        for name, change in RESOLVE[type(edit)](edit, site):
+            edits.setdefault(name, []).append(change)
     untie = family.tied and family.embedding in edits
-    oblique = any(isinstance(edit, Projecting) and edit.gain is not None for each in edits.values() for edit in each)
-    return Fold(edits, untie, widened.grown, widened.new, widened.text_config, OBLIQUE if oblique else None)
+    changes = chain(*edits.values())
+    oblique = any(isinstance(change, Projecting) and change.gain is not None for change in changes)
+    return replace(grown, edits=edits, untie=untie, approximate=OBLIQUE if oblique else None)
 
 
 OBLIQUE = "norms after the sublayers rescale what a projection leaves; no weights equal it (oblique fold, leak-free)"
 
 
-def _widen(guard: Guard, family: Family, shapes: Mapping[str, Shape]) -> Fold:
-    """What grows, and by how much, if a gate of `guard` recycles no neurons; nothing else."""
-    gates = [each for each in guard.interventions if isinstance(each, Gate) and not each.recycled]
-    if not gates:
-        return Fold({})
-    if len(family.mlps) != family.layers:
+@dataclass(frozen=True)
+class Site:
+    """The checkpoint that edits are resolved on.
+
+    before, shapes: tensor's name on disk -> its shape, as it is and as it will be.  read: gives gains of post-norms.
+    replaced: layer -> which neurons of its MLP each ReplaceNeurons (by id) takes.
+    """
+
+    family: Family
+    before: Mapping[str, Shape]
+    shapes: Mapping[str, Shape]
+    read: Read | None
+    replaced: Mapping[int, Mapping[int, tuple[int, ...]]] = field(default_factory=dict)
+
+    def mlp(self, layer: int) -> MLP:
+        """The dense MLP of `layer`. InputError where it has none."""
+        if layer not in self.family.mlps:
+            raise InputError(f"{self.family.model_type}: layer {layer} has no dense MLP; a gate cannot be folded there")
+        return self.family.mlps[layer]
+
+    def form_of(self, layer: int) -> MLPForm:
+        """The form of the MLP of `layer`, as it is. InputError where it has none."""
+        mlp = self.mlp(layer)
+        biased = mlp.bias_of(mlp.gate) in self.before or self.family.bias_flag is not None
+        return MLPForm(mlp.up is not None, biased, self.before[mlp.down][1])
+
+    def writers(self, layer: int, sublayer: str) -> list[Writer]:
+        return [each for each in self.family.writers if each.layer == layer and each.role == sublayer]
+
+
+def _replaced(asked: Sequence[WeightEdit], site: Site) -> dict[int, dict[int, tuple[int, ...]]]:
+    """Layer -> id of a ReplaceNeurons -> the places that it takes: its own, or new ones after all that was there."""
+    taken: dict[int, dict[int, tuple[int, ...]]] = {}
+    for edit in (edit for edit in asked if isinstance(edit, ReplaceNeurons)):
+        others = taken.setdefault(edit.layer, {})
+        first = site.form_of(edit.layer).neurons
+        new = sum(1 for places in others.values() for place in places if place >= first)
+        others[id(edit)] = edit.places or tuple(range(first + new, first + new + len(edit.gate)))
+    return taken
+
+
+def _grown(asked: Sequence[WeightEdit], site: Site) -> Fold:
+    """What grows, and by how much, if neurons are added and none recycled, and what gets biases; nothing else."""
+    family, shapes = site.family, site.shapes
+    added = [edit for edit in asked if isinstance(edit, ReplaceNeurons) and not edit.places]
+    if added and len(family.mlps) != family.layers:
         raise InputError(
             f"{family.text_model_type}: not every layer has a dense MLP, so they cannot be widened; recycle"
         )
-    neurons = shapes[family.mlps[0].down][1] + WIDEN_BY
+    per_layer = Counter[int]()
+    for edit in added:
+        per_layer[edit.layer] += len(edit.gate)
+    more = WIDEN_BY * -(-max(per_layer.values(), default=0) // WIDEN_BY)
+    lacking = any(edit.biased for edit in added) or any(_lacks_bias(e, site) for e in asked if isinstance(e, AddBias))
+    flag = family.bias_flag if lacking else None
+    if not more and not flag:
+        return Fold({})
     grown: dict[str, Shape] = {}
     new: dict[str, str] = {}
-    config: dict[str, Any] = {family.neurons_key: neurons}
     for mlp in family.mlps.values():
-        grown[mlp.down] = (shapes[mlp.down][0], neurons)
-        for name in mlp.reading:
-            grown[name] = (neurons, shapes[name][1])
-            if mlp.bias_of(name) in shapes:
-                grown[mlp.bias_of(name)] = (neurons,)
-        if family.bias_flag and any(gate.unit is None for gate in gates):
-            for name in (*mlp.reading, mlp.down):
-                if mlp.bias_of(name) not in shapes:
-                    grown[mlp.bias_of(name)] = (grown[name][0],)
-                    new[mlp.bias_of(name)] = name
-            config[family.bias_flag] = True
-    return Fold({}, grown=grown, new=new, text_config=config)
+        neurons = shapes[mlp.down][1] + more
+        rows = {**dict.fromkeys(mlp.reading, neurons), mlp.down: shapes[mlp.down][0]}
+        if more:
+            grown[mlp.down] = (rows[mlp.down], neurons)
+            for name in mlp.reading:
+                grown[name] = (neurons, shapes[name][1])
+                if mlp.bias_of(name) in shapes:
+                    grown[mlp.bias_of(name)] = (neurons,)
+        if flag:
+            bare = [name for name in rows if mlp.bias_of(name) not in shapes]
+            grown |= {mlp.bias_of(name): (rows[name],) for name in bare}
+            new |= {mlp.bias_of(name): name for name in bare}
+    config: dict[str, Any] = {family.neurons_key: shapes[family.mlps[0].down][1] + more} if more else {}
+    return Fold({}, grown=grown, new=new, text_config=config | ({flag: True} if flag else {}))
 
 
-def _edits(
-    each: Intervention, family: Family, shapes: Mapping[str, Shape], read: Read | None
-) -> Iterator[tuple[str, Edit]]:
-    """(tensor's name on disk, edit) for every tensor that `each` changes."""
-    if isinstance(each, SublayerProjection):
-        for writer in family.writers:
-            if writer.layer is not None and writer.layer in each.bases:
-                yield writer.disk, _project(writer, shapes[writer.disk], each.bases[writer.layer], each.strength)
-    elif isinstance(each, SharedProjection):
-        if family.obstacles:
-            raise InputError(f"{each.kind}: {family.model_type}: {family.obstacles[0]}; use --scope sublayers")
-        for writer in family.writers:
-            gain = _gain(writer.post_norm, read) if writer.post_norm else None
-            yield writer.disk, _project(writer, shapes[writer.disk], each.basis, each.strength, gain)
-    elif isinstance(each, Gate):
-        yield from _gate_edits(each, family, shapes)
-    elif isinstance(each, LinearGate):
-        yield _linear_gate_edit(each, family, shapes)
-    else:
-        advice = (
-            "only hooks run it" if isinstance(each, TwoPass) else "export it with --format onnx, or use another --scope"
-        )
-        raise InputError(f"{each.kind}: weights cannot hold it; {advice}")
+def _lacks_bias(edit: AddBias, site: Site) -> bool:
+    """Whether the MLP that `edit` gives a bias has none yet."""
+    mlp = site.family.mlps.get(edit.layer)
+    return edit.sublayer == "mlp" and mlp is not None and mlp.bias_of(mlp.down) not in site.shapes
 
 
-def _project(writer: Writer, shape: Shape, basis: Tensor, strength: float, gain: Tensor | None = None) -> Edit:
+Changes = Iterator[tuple[str, Edit]]
+"""(tensor's name on disk, edit of it), for every tensor that changes."""
+
+
+def _project_writes(edit: ProjectWrites, site: Site) -> Changes:
+    if edit.layer is None and site.family.obstacles:
+        reason = site.family.obstacles[0]
+        raise InputError(f"shared-projection: {site.family.model_type}: {reason}; use --scope sublayers")
+    for writer in site.family.writers:
+        if edit.layer is None:
+            gain = _gain(writer.post_norm, site.read) if writer.post_norm else None
+            yield writer.disk, _project(writer, site.shapes[writer.disk], edit, gain)
+        elif writer.layer == edit.layer:
+            yield writer.disk, _project(writer, site.shapes[writer.disk], edit, None)
+
+
+def _project(writer: Writer, shape: Shape, edit: ProjectWrites, gain: Tensor | None) -> Edit:
     slices: dict[int, type[Projecting]] = {1: ProjectSlices} if len(shape) == 3 else {}
     kinds = slices | {len(shape) - 1: ProjectColumns} | {0: ProjectRows}
     if writer.axis not in kinds:
         raise InputError(f"{writer.disk}: cannot fold along axis {writer.axis} of {list(shape)}")
-    return kinds[writer.axis](basis, strength, gain)
+    return kinds[writer.axis](edit.basis, edit.strength, gain)
 
 
 def _gain(norm: PostNorm, read: Read | None) -> Tensor:
@@ -169,57 +227,56 @@ def _gain(norm: PostNorm, read: Read | None) -> Tensor:
     return gain
 
 
-@dataclass(frozen=True)
-class GateNeurons:
-    """The two neurons of a gate, opening at t0 and closing at t1: [2, d] and [2], rows in that order.
-
-    gate, gate_bias: beta (u - t k) and 0, or beta u and -beta t where the MLP has biases.  up, up_bias: k / beta and 0,
-    or 0 and 1 / beta.  down: [2, d], what each writes, +-c / (t1 - t0) (times 1 / beta in a plain MLP: no up).
-    """
-
-    gate: Tensor
-    gate_bias: Tensor
-    up: Tensor
-    up_bias: Tensor
-    down: Tensor
-
-    @classmethod
-    def of(cls, gate: Gate, gated: bool) -> GateNeurons:
-        t = torch.tensor([gate.t0, gate.t1], dtype=torch.float64)
-        u = gate.detector.double().expand(NEURONS, -1)
-        zero, sign = torch.zeros_like(u), torch.tensor([[1.0], [-1.0]])
-        down = sign * gate.column.double() / (gate.t1 - gate.t0) / (1.0 if gated else gate.beta)
-        if gate.unit is None:
-            return cls(gate.beta * u, -gate.beta * t, zero, torch.full_like(t, 1 / gate.beta), down)
-        k = gate.unit.double().expand(NEURONS, -1)
-        return cls(gate.beta * (u - t[:, None] * k), torch.zeros(NEURONS), k / gate.beta, torch.zeros(NEURONS), down)
-
-
-def _gate_edits(gate: Gate, family: Family, shapes: Mapping[str, Shape]) -> Iterator[tuple[str, Edit]]:
-    if gate.layer not in family.mlps:
-        raise InputError(f"{family.model_type}: layer {gate.layer} has no dense MLP; a gate cannot be folded there")
-    mlp = family.mlps[gate.layer]
-    if gate.unit is None and mlp.bias_of(mlp.gate) not in shapes:
+def _replace_neurons(edit: ReplaceNeurons, site: Site) -> Changes:
+    mlp = site.mlp(edit.layer)
+    if edit.biased and mlp.bias_of(mlp.gate) not in site.shapes:
         raise InputError(f"{mlp.gate}: has no bias, which this gate needs; use its bias-free form")
-    count = shapes[mlp.down][1]
-    places = gate.recycled or tuple(range(count - WIDEN_BY, count - WIDEN_BY + NEURONS))
+    count, places = site.shapes[mlp.down][1], site.replaced[edit.layer][id(edit)]
     if max(places) >= count:
         raise InputError(f"{mlp.down}: neuron {max(places)} is out of range; the MLP has {count}")
-    neurons = GateNeurons.of(gate, mlp.up is not None)
-    yield mlp.gate, SetRows(dict(zip(places, neurons.gate, strict=True)))
-    yield mlp.down, SetColumns(dict(zip(places, neurons.down, strict=True)))
-    if mlp.bias_of(mlp.gate) in shapes:
-        yield mlp.bias_of(mlp.gate), SetRows(dict(zip(places, neurons.gate_bias, strict=True)))
+    yield mlp.gate, SetRows(dict(zip(places, edit.gate, strict=True)))
+    yield mlp.down, SetColumns(dict(zip(places, edit.down, strict=True)))
+    if mlp.bias_of(mlp.gate) in site.shapes:
+        yield mlp.bias_of(mlp.gate), SetRows(dict(zip(places, edit.gate_bias, strict=True)))
     if mlp.up is not None:
-        yield mlp.up, SetRows(dict(zip(places, neurons.up, strict=True)))
-        if mlp.bias_of(mlp.up) in shapes:
-            yield mlp.bias_of(mlp.up), SetRows(dict(zip(places, neurons.up_bias, strict=True)))
+        yield mlp.up, SetRows(dict(zip(places, edit.up, strict=True)))
+        if mlp.bias_of(mlp.up) in site.shapes:
+            yield mlp.bias_of(mlp.up), SetRows(dict(zip(places, edit.up_bias, strict=True)))
 
 
-def _linear_gate_edit(gate: LinearGate, family: Family, shapes: Mapping[str, Shape]) -> tuple[str, Edit]:
-    if gate.layer not in family.mlps:
-        raise InputError(f"{family.model_type}: layer {gate.layer} has no dense MLP; a gate cannot be folded there")
-    down = family.mlps[gate.layer].down
-    if shapes[down] != (gate.width, len(gate.readout)):
-        raise InputError(f"{down}: is {list(shapes[down])}, the gate reads {len(gate.readout)} neurons")
-    return down, AddLowRank(gate.column[:, None], gate.readout[None])
+def _add_low_rank(edit: AddLowRank, site: Site) -> Changes:
+    """What reads neurons reads nothing of those that are replaced or added, whichever edit comes first."""
+    weight = site.mlp(edit.layer).down if edit.sublayer == "mlp" else _output_weight(edit.layer, site)
+    if site.before[weight] != (len(edit.left), edit.right.shape[1]):
+        raise InputError(f"{weight}: is {list(site.before[weight])}, the gate reads {edit.right.shape[1]} neurons")
+    right = F.pad(edit.right, (0, site.shapes[weight][1] - edit.right.shape[1]))
+    if edit.sublayer == "mlp":
+        right[:, sorted(chain(*site.replaced.get(edit.layer, {}).values()))] = 0
+    yield weight, AddProduct(edit.left, right)
+
+
+def _add_bias(edit: AddBias, site: Site) -> Changes:
+    weight = site.mlp(edit.layer).down if edit.sublayer == "mlp" else _output_weight(edit.layer, site)
+    bias = MLP.bias_of(weight)
+    if len([each for each in site.writers(edit.layer, edit.sublayer) if each.disk not in (weight, bias)]):
+        raise InputError(f"{weight}: one of a mixture of experts, whose share varies; no bias of it acts everywhere")
+    if bias not in site.shapes:
+        raise InputError(f"{weight}: has no bias, and no config gives it one; export it with --format onnx")
+    yield bias, AddProduct(edit.vector[:, None], torch.ones(1, dtype=edit.vector.dtype))
+
+
+def _output_weight(layer: int, site: Site) -> str:
+    """The one weight by which the attention of `layer` writes. InputError where it is not one matrix [d, inputs]."""
+    found = [each for each in site.writers(layer, "attention") if len(site.shapes[each.disk]) > 1]
+    if len(found) != 1 or found[0].axis != 0 or len(site.shapes[found[0].disk]) != 2:
+        raise InputError(f"{site.family.model_type}: the attention of layer {layer} writes by no single matrix")
+    return found[0].disk
+
+
+RESOLVE: dict[type[WeightEdit], Callable[[Any, Site], Changes]] = {
+    ProjectWrites: _project_writes,
+    ReplaceNeurons: _replace_neurons,
+    AddLowRank: _add_low_rank,
+    AddBias: _add_bias,
+}
+"""What is asked of weights -> the tensors of a family that change for it."""

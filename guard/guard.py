@@ -21,18 +21,14 @@ from torch import Tensor
 
 from .base.errors import InputError
 from .base.untrusted import parse_object, read_bytes
-from .interventions.kinds import Gate, LinearGate, ResidualProjection, SharedProjection, SublayerProjection, TwoPass
+from .interventions import KINDS, Intervention
+from .interventions.base import PerLayer
 
 FORMAT = "guardfold-guard/1"
 REFERENCE = "reference"
 MAX_GUARD_BYTES = 256 * 2**20
 MAX_HEADER_BYTES = 16 * 2**20
 """Of a guard file: its provenance, mostly."""
-
-Intervention = SublayerProjection | SharedProjection | ResidualProjection | Gate | LinearGate | TwoPass
-KINDS: dict[str, type[Intervention]] = {
-    cls.kind: cls for cls in (SublayerProjection, SharedProjection, ResidualProjection, Gate, LinearGate, TwoPass)
-}
 
 
 @dataclass(frozen=True)
@@ -41,23 +37,28 @@ class Guard:
 
     interventions: tuple[Intervention, ...]
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    reference: TwoPass | None = None
+    reference: PerLayer | None = None
     """The published two-pass form from the same directions, to measure against; no part of what the guard does."""
 
     def __post_init__(self) -> None:
         if not self.interventions:
             raise InputError("a guard needs at least one intervention")
-        kinds = {type(each) for each in self.interventions}
-        gated = [each.layer for each in self.interventions if isinstance(each, Gate)]
-        if len(set(gated)) < len(gated):
-            raise InputError("two gates in one layer would take the same neurons; one gate a layer")
-        if SharedProjection in kinds and {Gate, LinearGate} & kinds:
-            raise InputError("a shared projection would erase what a gate writes; project sublayers instead")
+        taken: set[tuple[int, int]] = set()
+        for intervention in self.interventions:
+            places = {(layer, place) for layer, of in intervention.places.items() for place in of}
+            if places & taken:
+                layer = min(places & taken)[0]
+                raise InputError(f"two interventions would overwrite the same neurons of layer {layer}")
+            taken |= places
+        erasing = next((each.kind for each in self.interventions if each.erases_stream), None)
+        adding = next((each.kind for each in self.interventions if each.adds), None)
+        if erasing and adding:
+            raise InputError(f"a {erasing} would erase what a {adding} writes; project sublayers instead")
 
     @property
     def in_weights(self) -> bool:
         """Whether weights can hold all of it; else only hooks do, and graphs that hooks are traced into."""
-        return all(each.in_weights for each in self.interventions)
+        return all(each.asks for each in self.interventions)
 
     def check_fits(self, layers: int, width: int) -> None:
         """InputError unless every intervention acts on layers < `layers` of a residual stream `width` wide."""
@@ -119,8 +120,8 @@ class Guard:
                 _parse(entry, _under(str(index), tensors)) for index, entry in enumerate(header["interventions"])
             )
             reference = _parse(header[REFERENCE], _under(REFERENCE, tensors)) if REFERENCE in header else None
-            if reference is not None and not isinstance(reference, TwoPass):
-                raise InputError(f"its reference is not a {TwoPass.kind} guard")
+            if reference is not None and not (isinstance(reference, PerLayer) and reference.text_layers):
+                raise InputError(f"its reference is a {reference.kind}, not a two-pass guard")
             return cls(interventions, _provenance(header), reference)
         except InputError as error:
             raise InputError(str(error) if str(path) in str(error) else f"{path}: {error}") from error

@@ -12,13 +12,14 @@ from ..export.checkpoint.headers import Checkpoint
 from ..export.families.table import Family
 from ..export.fold import Fold, fold
 from ..export.formats.formats import Formats
-from ..export.formats.lora import BIASED, Adapter, adaptable, adapters, without
+from ..export.formats.lora import BIASED, Adapter, adaptable, adapters, lacks, without
 from ..export.formats.lora_card import notes
 from ..export.formats.onnx.graphs import Plan, write_graphs
 from ..export.publish.card import AdapterNotes, Source
 from ..guard.base.errors import InputError
 from ..guard.guard import Guard
-from ..validators.behaviour.making import GATED, GuardOptions
+from ..guard.presets import presets
+from ..validators.behaviour.making import GuardOptions
 from ..validators.evidence.runtime import Runtime, check_graphs
 
 
@@ -53,11 +54,14 @@ def check_adapters(formats: Formats, options: GuardOptions, adapter: str | None,
         return
     if adapter:
         raise InputError("--format lora with --adapter: it would fit the merged model, which nobody has; leave one out")
-    if options.guard in GATED and not allow_partial:
-        raise InputError(
-            f"--format lora: the preset {options.guard} has a gate, whose neurons no adapter holds; use --guard linear "
-            "or projection, or --allow-partial to leave the gate out"
-        )
+    preset = presets().get(options.guard)
+    for kind in preset.makes if preset and not allow_partial else ():
+        reason = lacks(kind) if kind.asks or options.scope == "residual" else None
+        if reason:
+            raise InputError(
+                f"--format lora: the preset {options.guard} has a {kind.kind}: {reason}; use --guard linear or "
+                "projection, or --allow-partial to leave it out"
+            )
 
 
 def write_adapters(

@@ -13,8 +13,9 @@ from ..export.publish.card import GUARD_FILE, AdapterNotes, Source, write_card, 
 from ..guard.base.remote_code import code_of
 from ..guard.base.untrusted import printable
 from ..guard.guard import Guard
+from ..guard.presets import presets
 from ..guard.prompts.image_kinds import IMAGE_KINDS
-from ..validators.behaviour.making import PRESETS, GuardOptions
+from ..validators.behaviour.making import GuardOptions
 from ..validators.behaviour.measures import markdown, shown
 from ..validators.evidence.evidence import Evidence
 from ..validators.report.page import render_page
@@ -72,7 +73,7 @@ def _pictures(folder: Path, figures: dict[str, Any]) -> dict[str, str]:
 def _command(source: Source, options: GuardOptions, as_adapter: bool = False) -> str:
     """What makes the same folder again: options that are not the default, files by their names alone."""
     given = {name: value for name, value in asdict(options).items() if value != getattr(GuardOptions(), name)}
-    if "guard" in given and given["guard"] not in PRESETS:
+    if "guard" in given and given["guard"] not in presets():
         given["guard"] = GUARD_FILE.as_posix()
     model = f"{source.name}@{source.revision}" if source.revision else source.name
     words = [

@@ -10,7 +10,8 @@ from ..guard.base.remote_code import trusting_if_asked
 from ..guard.base.untrusted import is_file, is_folder
 from ..guard.guard import Guard
 from ..guard.model.vlm import resolve
-from ..validators.behaviour.making import PRESETS, GuardOptions, guard_of
+from ..guard.presets import presets
+from ..validators.behaviour.making import GuardOptions, guard_of
 from .sources import based_on
 
 
@@ -42,8 +43,8 @@ def extract_to(
         raise InputError(f"{output}: exists already; choose another --output or pass --overwrite")
     if not is_folder(output.parent):
         raise InputError(f"{output.parent}: no such folder")
-    if options.guard not in PRESETS:
-        raise InputError(f"--guard {options.guard}: extraction takes a preset ({', '.join(PRESETS)})")
+    if options.guard not in presets():
+        raise InputError(f"--guard {options.guard}: extraction takes a preset ({', '.join(presets())})")
     with based_on(*resolve(model), adapter, output.parent, options.family) as (source, base):
         guard = guard_of(base, source.title, options)
     guard.save(output)

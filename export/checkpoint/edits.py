@@ -131,7 +131,7 @@ def taken(edit: Projecting, block: Tensor, first: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class AddLowRank:
+class AddProduct:
     """W + L R for W [rows, columns], or W_e + L_e R_e for stacked ones, or b + L R for a vector b [rows].
 
     left: L, [rows, r] or [E, rows, r].  right: R, [r, columns], [E, r, columns] or [r].
@@ -149,9 +149,9 @@ class AddLowRank:
         right = self.right[rows] if self.right.ndim == 3 else self.right
         return block + self.left[rows].to(block) @ right.to(block)
 
-    def turned(self) -> AddLowRank:
+    def turned(self) -> AddProduct:
         """The same for the transposed tensor (of stacked ones: for each of them)."""
-        return AddLowRank(self.right.mT, self.left.mT)
+        return AddProduct(self.right.mT, self.left.mT)
 
 
 @dataclass

@@ -36,7 +36,7 @@ from ..families.table import Family
 from ..fold import Fold
 from ..formats.lora import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from ..publish.card import Source
-from .edits import AddLowRank, Edit, SetAll, SetNorms
+from .edits import AddProduct, Edit, SetAll, SetNorms
 from .headers import EDITABLE, Checkpoint, read_shard
 from .layout import Layout, Stored
 
@@ -187,7 +187,7 @@ def _edits(model: nn.Module, entries: _Entries, layout: Layout) -> Iterator[tupl
 
 def _linear(module: Any, name: str, entries: _Entries) -> Iterator[tuple[str, Edit]]:
     a, b = module.lora_A[NAME], module.lora_B[NAME]
-    update = AddLowRank(
+    update = AddProduct(
         module.scaling[NAME] * entries.take(f"{name}.lora_B.weight", b.weight),
         entries.take(f"{name}.lora_A.weight", a.weight),
     )
@@ -197,13 +197,13 @@ def _linear(module: Any, name: str, entries: _Entries) -> Iterator[tuple[str, Ed
         yield f"{name}.weight", SetNorms(norms, 1 if module.fan_in_fan_out else 0)
     if b.bias is not None:
         bias = module.scaling[NAME] * entries.take(f"{name}.lora_B.bias", b.bias)
-        yield f"{name}.bias", AddLowRank(bias[:, None], torch.ones(1))
+        yield f"{name}.bias", AddProduct(bias[:, None], torch.ones(1))
 
 
 def _embedding(module: Any, name: str, entries: _Entries) -> Iterator[tuple[str, Edit]]:
     a, b = module.lora_embedding_A[NAME], module.lora_embedding_B[NAME]
     left = module.scaling[NAME] * entries.take(f"{name}.lora_embedding_A", a).T
-    yield f"{name}.weight", AddLowRank(left, entries.take(f"{name}.lora_embedding_B", b).T)
+    yield f"{name}.weight", AddProduct(left, entries.take(f"{name}.lora_embedding_B", b).T)
     if module.use_dora[NAME]:
         yield f"{name}.weight", SetNorms(entries.take(f"{name}.lora_magnitude_vector", b[:, 0]), 1)
 
@@ -212,10 +212,10 @@ def _parameter(module: Any, name: str, entries: _Entries) -> Iterator[tuple[str,
     """PEFT keeps experts' updates as lora_A [E r, in] and lora_B [out, r E], the expert the fastest in the latter."""
     a = entries.take(f"{name}.lora_A.weight", module.lora_A[NAME].weight)
     b = module.scaling[NAME] * entries.take(f"{name}.lora_B.weight", module.lora_B[NAME].weight)
-    update = AddLowRank(b, a)
+    update = AddProduct(b, a)
     if module.get_param().ndim == 3:
         count = module.num_experts
-        update = AddLowRank(b.reshape(len(b), -1, count).permute(2, 0, 1), a.reshape(count, -1, a.shape[1]))
+        update = AddProduct(b.reshape(len(b), -1, count).permute(2, 0, 1), a.reshape(count, -1, a.shape[1]))
         if getattr(module.get_base_layer(), "is_transposed", False):
             update = update.turned()
     yield f"{name.replace('.base_layer', '')}.{module.parameter_name}", update
@@ -252,7 +252,7 @@ def _taken_apart(
     """
     if not stored.operations:
         return [edit]
-    if not isinstance(edit, AddLowRank):
+    if not isinstance(edit, AddProduct):
         return None
     parts, shape = [edit], tuple(shape)
     for operation in reversed(stored.operations):
@@ -261,7 +261,7 @@ def _taken_apart(
             if not (operation.check_dims and tuple(shapes[stored.disk[0]]) == shape):
                 parts, shape = [each.turned() for each in parts], (*shape[:-2], shape[-1], shape[-2])
         elif isinstance(operation, MergeModulelist) and operation.dim == 0 and len(parts) == 1:
-            parts = [AddLowRank(*each) for each in zip(parts[0].left, parts[0].right, strict=True)]
+            parts = [AddProduct(*each) for each in zip(parts[0].left, parts[0].right, strict=True)]
             shape = shape[1:]
         else:
             return None

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -27,10 +28,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ...guard.guard import Guard
-from ...guard.interventions.kinds import LinearGate, SharedProjection, SublayerProjection
+from ...guard.interventions import Intervention
 from ...guard.model.vlm import meta_model
+from ...guard.weight_edits import ReplaceNeurons, WeightEdit
 from ..checkpoint.edits import (
-    AddLowRank,
+    AddProduct,
     Folded,
     ProjectColumns,
     Projecting,
@@ -52,8 +54,8 @@ BIASED = "biased"
 PREFIX = "base_model.model."
 """What PEFT puts before the names in memory."""
 
-HELD = (SublayerProjection, SharedProjection, LinearGate)
-"""The interventions that low-rank updates of weights can be."""
+LACKS: dict[type[WeightEdit], str] = {ReplaceNeurons: "adds neurons, which no update of weights does"}
+"""What may be asked of weights and no adapter holds, and why."""
 
 
 @dataclass
@@ -101,16 +103,26 @@ class Adapter:
         self.config(base, revision).save_pretrained(str(folder))
 
 
+def lacks(intervention: type[Intervention] | Intervention) -> str | None:
+    """Why no adapter holds an intervention (or any of a class), one line; None if one does."""
+    if not intervention.asks:
+        return f"weights cannot hold it; {intervention.instead}"
+    return next((LACKS[ask] for ask in intervention.asks if ask in LACKS), None)
+
+
 def adaptable(guard: Guard) -> tuple[Guard | None, list[str]]:
     """(what of `guard` adapters can hold, what they cannot and why, a line each)."""
-    kept = tuple(each for each in guard.interventions if isinstance(each, HELD))
-    lost = [each.describe() for each in guard.interventions if not isinstance(each, HELD)]
-    said = [f"{each['kind']} (layer {each['layer']})" if "layer" in each else each["kind"] for each in lost]
-    more = {"left_out": lost} if lost else {}
+    kept = tuple(each for each in guard.interventions if lacks(each) is None)
+    lost = [(each.describe(), reason) for each in guard.interventions if (reason := lacks(each))]
+    more = {"left_out": [described for described, _ in lost]} if lost else {}
     return (
         replace(guard, interventions=kept, provenance={**guard.provenance, **more}) if kept else None,
-        [f"{each}: adds neurons, which no update of weights does" for each in said],
+        [f"{_called(described)}: {reason}" for described, reason in lost],
     )
+
+
+def _called(described: Mapping[str, Any]) -> str:
+    return f"{described['kind']} (layer {described['layer']})" if "layer" in described else described["kind"]
 
 
 def adapters(checkpoint: Checkpoint, family: Family, fold: Fold) -> tuple[list[Adapter], dict[str, str]]:
@@ -121,8 +133,8 @@ def adapters(checkpoint: Checkpoint, family: Family, fold: Fold) -> tuple[list[A
     model = meta_model(checkpoint.folder)
     layout = Layout(model, checkpoint.shapes)
     by_bias = {False: Adapter(False), True: Adapter(True)}
-    left_out: dict[str, str] = {}
     writers = {writer.disk: writer for writer in family.writers if writer.disk in fold.edits}
+    left_out = {name: "the unmodified model has no such tensor" for name in fold.edits if name not in writers}
     written = {memory: writers[stored.disk[0]] for memory, stored in layout.stored.items() if stored.disk[0] in writers}
     for memory, writer in written.items():
         name, _, leaf = memory.rpartition(".")
@@ -131,7 +143,7 @@ def adapters(checkpoint: Checkpoint, family: Family, fold: Fold) -> tuple[list[A
         if form is None:
             left_out[writer.disk] = f"{type(module).__name__} {leaf}: PEFT adapts no such parameter"
             continue
-        edits = [edit for edit in fold.edits[writer.disk] if isinstance(edit, Projecting | AddLowRank)]
+        edits = [edit for edit in fold.edits[writer.disk] if isinstance(edit, Projecting | AddProduct)]
         shape = tuple(model.get_parameter(memory).shape)
         update = low_rank(_reading(checkpoint, layout, memory), shape, _in_memory(edits, writer, memory, layout, shape))
         to = by_bias[isinstance(module, nn.Linear) and f"{name}.bias" in written]
@@ -140,13 +152,18 @@ def adapters(checkpoint: Checkpoint, family: Family, fold: Fold) -> tuple[list[A
         if leaf != "bias":
             targets, target = (to.parameters, memory) if form is _stacked else (to.modules, name)
             targets[target] = update.right.shape[-2]
+        elif f"{name}.weight" not in written:  # PEFT gives a bias to nothing but an update of the weight
+            out, into = model.get_parameter(f"{name}.weight").shape
+            none = AddProduct(torch.zeros(out, 1), torch.zeros(1, into))
+            to.tensors |= {f"{PREFIX}{name}.{suffix}": tensor for suffix, tensor in _linear(module, none).items()}
+            to.modules[name] = 1
     made = [each for each in by_bias.values() if each.tensors]
     for each in made:
         each.rename_for(model)
     return made, left_out
 
 
-Written = Callable[[nn.Module, AddLowRank], dict[str, Tensor]]
+Written = Callable[[nn.Module, AddProduct], dict[str, Tensor]]
 
 
 def _form(module: nn.Module, leaf: str, embedding: nn.Module) -> Written | None:
@@ -161,19 +178,19 @@ def _form(module: nn.Module, leaf: str, embedding: nn.Module) -> Written | None:
     return _stacked if parameter.ndim in (2, 3) else None
 
 
-def _linear(_module: nn.Module, update: AddLowRank) -> dict[str, Tensor]:
+def _linear(_module: nn.Module, update: AddProduct) -> dict[str, Tensor]:
     return {"lora_A.weight": update.right, "lora_B.weight": update.left}
 
 
-def _linear_bias(_module: nn.Module, update: AddLowRank) -> dict[str, Tensor]:
+def _linear_bias(_module: nn.Module, update: AddProduct) -> dict[str, Tensor]:
     return {"lora_B.bias": update.left @ update.right}
 
 
-def _embedding(_module: nn.Module, update: AddLowRank) -> dict[str, Tensor]:
+def _embedding(_module: nn.Module, update: AddProduct) -> dict[str, Tensor]:
     return {"lora_embedding_A": update.left.T, "lora_embedding_B": update.right.T}
 
 
-def _stacked(module: nn.Module, update: AddLowRank) -> dict[str, Tensor]:
+def _stacked(module: nn.Module, update: AddProduct) -> dict[str, Tensor]:
     """lora_A [E r, in], expert by expert; lora_B [out, r E], expert after expert for each direction.
 
     PEFT takes a stack as [E, out, in], or [E, in, out] where the module calls itself transposed.
@@ -184,7 +201,7 @@ def _stacked(module: nn.Module, update: AddLowRank) -> dict[str, Tensor]:
     return {"lora_A.weight": each.right.flatten(0, 1), "lora_B.weight": each.left.permute(1, 2, 0).flatten(1)}
 
 
-Held = Projecting | AddLowRank
+Held = Projecting | AddProduct
 """The edits that are updates of low rank."""
 
 Read = Callable[[int, int], Tensor]
@@ -211,7 +228,7 @@ def _in_memory(edits: Sequence[Held], writer: Writer, memory: str, layout: Layou
     return [kind(edit.basis, edit.strength, edit.gain) for edit in edits if isinstance(edit, Projecting)]
 
 
-def low_rank(read: Read, shape: Shape, edits: Sequence[Held]) -> AddLowRank:
+def low_rank(read: Read, shape: Shape, edits: Sequence[Held]) -> AddProduct:
     """What `edits`, one after the other, add to a tensor, as L R of rank r, the sum of the edits' ranks.
 
     read: (first, last) -> those rows of it.  shape: [d, n], [n, d], [E, d, n], [E, n, d] or [d].  Float32 or better.
@@ -219,12 +236,12 @@ def low_rank(read: Read, shape: Shape, edits: Sequence[Held]) -> AddLowRank:
     parts = [_update(Folded(read, shape, edits[:index]), edit) for index, edit in enumerate(edits)]
     rows = 0 if len(shape) == 1 else -2
     lefts, rights = ([part.double() for part in side] for side in zip(*parts, strict=True))
-    return AddLowRank(torch.cat(lefts, -1), torch.cat(rights, rows))
+    return AddProduct(torch.cat(lefts, -1), torch.cat(rights, rows))
 
 
 def _update(before: Folded, edit: Held) -> tuple[Tensor, Tensor]:
     """(L, R) of what `edit` adds: -strength V^T and V W, or -strength W V^T and V where columns are projected."""
-    if isinstance(edit, AddLowRank):
+    if isinstance(edit, AddProduct):
         return edit.left, edit.right
     components = [taken(edit, before.rows(first, last), first) for first, last in row_blocks(before.shape)]
     if isinstance(edit, ProjectRows):
@@ -246,7 +263,8 @@ def without(fold: Fold, left_out: Mapping[str, str]) -> Fold:
     said = tuple(f"{name} ({reason})" for name, reason in left_out.items())
     kept = {tensor: edits for tensor, edits in fold.edits.items() if tensor not in left_out}
     more = f" and {len(said) - 1} more" if len(said) > 1 else ""
-    return replace(fold, edits=kept, untie=False, approximate=f"left out: {said[0]}{more}", left_out=said)
+    plain = replace(fold, grown={}, new={}, text_config={})
+    return replace(plain, edits=kept, untie=False, approximate=f"left out: {said[0]}{more}", left_out=said)
 
 
 def folders(folder: Path) -> list[Path]:

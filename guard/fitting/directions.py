@@ -6,7 +6,7 @@ Source: VLM-Guard (arXiv 2502.10486), section 3.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ class Directions:
 
     bases: layer -> V_l, [m, d], row 0 = v_1, oriented so that harmful is the positive side.
     singular_values: layer -> all of A_l's, descending.  gap: layer -> mean of A_l . v_1, the residual stream's units.
+    mean: layer -> mean of A_l, [d]: the steering vector, a difference of means.
     auc: image kind -> layer -> how well h . v_1 ranks harmful above harmless, cross-fitted over halves of the anchors
     (a direction is never scored on the pairs that it was fitted to).
     """
@@ -36,13 +37,14 @@ class Directions:
     singular_values: dict[int, list[float]]
     gap: dict[int, float]
     auc: dict[str, dict[int, float]]
+    mean: dict[int, Tensor] = field(default_factory=dict)
 
     def only(self, layers: Sequence[int]) -> Directions:
         """The same for some of the layers."""
         auc = {kind: {layer: scores[layer] for layer in layers} for kind, scores in self.auc.items()}
         singular_values = {layer: self.singular_values[layer] for layer in layers}
-        bases = {layer: self.bases[layer] for layer in layers}
-        return Directions(bases, singular_values, {layer: self.gap[layer] for layer in layers}, auc)
+        bases, mean = ({layer: each[layer] for layer in layers if layer in each} for each in (self.bases, self.mean))
+        return Directions(bases, singular_values, {layer: self.gap[layer] for layer in layers}, auc, mean)
 
     def figures(self) -> dict[str, Any]:
         """The figures as JSON, for provenance and report."""
@@ -106,4 +108,5 @@ def extract(vlm: VLM, anchors: Anchors, layers: Sequence[int], rank: int = 1) ->
             kind: {layer: cross_fitted_auc(seen["text"][layer], states) for layer, states in per_layer.items()}
             for kind, per_layer in seen.items()
         },
+        mean={layer: (harmful - harmless).mean(0) for layer, (harmful, harmless) in seen["text"].items()},
     )

@@ -24,6 +24,9 @@ MLP_NAMES = (
 SHARED_EXPERT_NAMES = ("shared_expert", "shared_experts")
 """Where an MLP of experts keeps the dense one that every token passes through."""
 
+SHARE_NAME = "shared_expert_gate"
+"""What gives the logit of the shared expert's share in the output, in the families that weigh it."""
+
 MLP_LINEARS: tuple[tuple[str, str | None, str], ...] = (
     ("gate_proj", "up_proj", "down_proj"),
     ("w1", "w3", "w2"),
@@ -77,10 +80,14 @@ class MLPParts:
 
     output: nn.Module
     """What returns the MLP's output: the module `mlp` gives."""
+    sublayer: nn.Module
+    """What writes to the residual stream: the same, or the mixture of experts that it is the shared expert of."""
     gate: nn.Linear
     up: nn.Linear | None
     down: nn.Linear
     act: Callable[[Tensor], Tensor]
+    share: nn.Module | None = None
+    """What returns, before a sigmoid, what the output of a shared expert is multiplied with in `sublayer`."""
 
     @property
     def gated(self) -> bool:
@@ -95,13 +102,17 @@ class MLPParts:
 def mlp_parts(layer: nn.Module) -> MLPParts:
     """The dense MLP of a decoder layer by role, or the shared expert among its experts; InputError without either."""
     mlps = [module for name in MLP_NAMES if isinstance(module := getattr(layer, name, None), nn.Module)]
-    shared = [getattr(module, name, None) for module in mlps for name in SHARED_EXPERT_NAMES]
-    for module in filter(None, (*mlps, *shared, layer)):  # OPT keeps its linears in the layer
+    named = [(getattr(mlp, name, None), mlp) for mlp in mlps for name in SHARED_EXPERT_NAMES]
+    held = [(expert, mlp) for expert, mlp in named if isinstance(expert, nn.Module)]
+    own = [(mlp, mlp) for mlp in mlps]
+    for module, sublayer in (*own, *held, *((layer, mlp) for mlp in mlps[:1])):  # OPT keeps its linears in the layer
         for gate, up, down in MLP_LINEARS:
             if all(isinstance(getattr(module, name, None), nn.Linear) for name in (gate, down)):
                 act = next((getattr(module, name) for name in ACTIVATION_NAMES if hasattr(module, name)), None)
                 linears = (getattr(module, gate), getattr(module, up) if up else None, getattr(module, down))
-                return MLPParts(mlps[0] if module is layer else module, *linears, act or F.silu)
+                share = None if module in (sublayer, layer) else getattr(sublayer, SHARE_NAME, None)
+                output = sublayer if module is layer else module
+                return MLPParts(output, sublayer, *linears, act or F.silu, share)
     raise InputError(f"{type(layer).__name__} has no dense MLP of a known shape; a gate cannot be folded there")
 
 

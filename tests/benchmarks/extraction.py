@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from guardfold.guard.fitting.calibration import deal, examples, load_benign
-from guardfold.guard.fitting.directions import extract
+from guardfold.guard.fitting.calibration import load_benign
+from guardfold.guard.fitting.material import Material
 from guardfold.guard.fitting.states import forward
-from guardfold.guard.fitting.transcripts import Usage
-from guardfold.guard.model.roles import mlp_parts
 from guardfold.guard.model.vlm import load, resolve
-from guardfold.guard.presets.presets import GAINS, LAYER_SETS, STRENGTHS, Material, gate_layers, gates
+from guardfold.guard.presets.gate import GAINS, gates
+from guardfold.guard.presets.layers import LAYER_SETS
+from guardfold.guard.presets.vlm_guard import STRENGTHS
 from guardfold.guard.prompts.prompts import Prompt, encode, load_anchors
 from guardfold.validators.behaviour.judge import PhraseJudge
 from guardfold.validators.behaviour.selection import Bench
@@ -68,22 +68,20 @@ def main() -> None:
                 forward(vlm.model.base_model, batch, use_cache=False)
         print(f"one forward: {(time.perf_counter() - start) / 5:.2f} s for {vlm.batch_size} prompts")
         anchors = load_anchors(folder / "anchors.jsonl").head(given.pairs)
-        parts = deal(anchors, load_benign(folder / "benign.jsonl")[: given.pairs])
-        layers, usage = gate_layers(len(vlm.layers)), dict[int, Usage]()
-        directions = timed("directions", lambda: extract(vlm, parts["fit"].anchors, range(len(vlm.layers))))
-        fit = timed("examples: fit", lambda: examples(vlm, parts["fit"], layers, "fit", usage))
-        threshold = timed("examples: threshold", lambda: examples(vlm, parts["threshold"], layers, "threshold"))
-        importance = {layer: usage[layer].importance(mlp_parts(vlm.layers[layer]).down.weight) for layer in layers}
-        material = Material(fit, threshold, importance, directions, biases=False, recycle=True, beta=256.0)
+        benign, depth = load_benign(folder / "benign.jsonl")[: given.pairs], len(vlm.layers)
+        material = Material(vlm, anchors, benign, depth, range(depth), gains_biases=False)
+        timed("directions", lambda: material.directions)
+        timed("examples: fit", lambda: material.examples("fit"))
+        timed("examples: threshold", lambda: material.examples("threshold"))
         candidates = timed("fitting detectors", lambda: list(gates(material)))
-        bench = timed("bench: the original", lambda: Bench(vlm, parts["select"], PhraseJudge()))
+        bench = timed("bench: the original", lambda: Bench(vlm, material.parts["select"], PhraseJudge()))
         tried = len(candidates) + len(LAYER_SETS) * len(STRENGTHS)
         timed("one candidate", lambda: bench.figures(candidates[0]))
         seconds[f"{tried} candidates (extrapolated)"] = tried * seconds.pop("one candidate")
     total = sum(seconds.values())
     for stage, spent in seconds.items():
         print(f"{stage:32} {spent:8.1f} s  {spent / total:5.1%}")
-    print(f"{len(candidates)} gates over layers {layers}, gains {GAINS}")
+    print(f"{len(candidates)} gates over layers {material.tried}, gains {GAINS}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, CLIPVisionConfig
 
 from guardfold.guard.guard import Guard
-from guardfold.guard.interventions.kinds import SharedProjection, SublayerProjection
+from guardfold.guard.interventions import SharedProjection, SublayerProjection
 
 SHARD_BYTES = 1.6e9
 

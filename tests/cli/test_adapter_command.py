@@ -18,7 +18,7 @@ from zoo import Tiny, random_basis, tensors
 
 from guardfold.guard.guard import Guard
 from guardfold.guard.hooks import attached
-from guardfold.guard.interventions.kinds import SharedProjection, SublayerProjection
+from guardfold.guard.interventions import SharedProjection, SublayerProjection
 from guardfold.guard.model.vlm import load
 from guardfold.validators.demo import DEMO
 

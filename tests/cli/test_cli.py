@@ -16,7 +16,7 @@ from zoo import Tiny, change_tensors, random_basis, save
 
 from guardfold import __version__
 from guardfold.guard.guard import Guard
-from guardfold.guard.interventions.kinds import SublayerProjection
+from guardfold.guard.interventions import SublayerProjection
 from guardfold.validators.demo import DEMO
 
 VERBS = ("export", "extract", "check", "inspect", "push", "verify")

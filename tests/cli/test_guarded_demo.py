@@ -20,7 +20,7 @@ from zoo import tensors
 from guardfold.export.publish.hub import Target, push
 from guardfold.export.publish.verify import verify
 from guardfold.guard.guard import Guard
-from guardfold.guard.interventions.kinds import Gate, SublayerProjection
+from guardfold.guard.interventions import Gate, SublayerProjection
 from guardfold.guard.model.vlm import load
 from guardfold.guard.prompts.image_kinds import IMAGE_KINDS, ImageKind, draw
 from guardfold.guard.prompts.prompts import Prompt

@@ -22,7 +22,7 @@ from guardfold.export.formats.onnx import configs, trace
 from guardfold.export.formats.onnx.layout import DECODER, GRAPHS
 from guardfold.guard.base.errors import InputError
 from guardfold.guard.guard import Guard
-from guardfold.guard.interventions.kinds import ResidualProjection, SublayerProjection
+from guardfold.guard.interventions import ResidualProjection, SublayerProjection
 from guardfold.guard.model.vlm import load
 from guardfold.pipeline import Export, GuardOptions, NotSafer, export_guarded
 from guardfold.validators.evidence import runtime

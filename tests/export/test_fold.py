@@ -18,8 +18,8 @@ from guardfold.export.families.table import family_of
 from guardfold.export.fold import fold
 from guardfold.guard.base.errors import InputError
 from guardfold.guard.guard import Guard
-from guardfold.guard.hooks import project_out as hook
-from guardfold.guard.interventions.kinds import SharedProjection, SublayerProjection, TwoPass
+from guardfold.guard.interventions import SharedProjection, SublayerProjection, TwoPass
+from guardfold.guard.interventions.base import project_out as hook
 from guardfold.guard.model.vlm import VLM
 
 WIDTH = 12

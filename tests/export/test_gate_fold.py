@@ -19,7 +19,7 @@ from zoo import FAMILIES, Tiny, name_of, random_basis, tensors
 
 from guardfold.export.fold import WIDEN_BY
 from guardfold.guard.base.errors import InputError
-from guardfold.guard.interventions.kinds import Gate, SublayerProjection
+from guardfold.guard.interventions import Gate, SublayerProjection
 from guardfold.pipeline import Export, GuardOptions, export_guarded
 
 CLOSE = 1e-5

@@ -15,7 +15,7 @@ from guardfold.export.checkpoint.headers import Checkpoint
 from guardfold.export.families.table import family_of
 from guardfold.guard.guard import Guard, Intervention
 from guardfold.guard.hooks import attached
-from guardfold.guard.interventions.kinds import Gate, SharedProjection, SublayerProjection
+from guardfold.guard.interventions import Gate, SharedProjection, SublayerProjection
 
 WIDTH = 32
 SIZES: dict[str, dict[str, Any]] = {

@@ -21,7 +21,7 @@ from guardfold.guard import guard
 from guardfold.guard.base import untrusted
 from guardfold.guard.base.errors import InputError
 from guardfold.guard.guard import Guard
-from guardfold.guard.interventions.kinds import Gate, SharedProjection, SublayerProjection, TwoPass
+from guardfold.guard.interventions import Gate, SharedProjection, SublayerProjection, TwoPass
 
 WIDTH = 16
 GUARD = Guard(

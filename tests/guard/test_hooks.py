@@ -16,8 +16,9 @@ from zoo import Tiny, corners, name_of, random_basis, variations
 
 from guardfold.guard.base.errors import InputError
 from guardfold.guard.guard import Guard, Intervention
-from guardfold.guard.hooks import attached, project_out
-from guardfold.guard.interventions.kinds import SharedProjection, SublayerProjection, TwoPass
+from guardfold.guard.hooks import attached
+from guardfold.guard.interventions import SharedProjection, SublayerProjection, TwoPass
+from guardfold.guard.interventions.base import project_out
 from guardfold.guard.model.vlm import VLM
 
 MODELS = variations() + corners()

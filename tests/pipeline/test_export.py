@@ -21,8 +21,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from zoo import Tiny, corners, name_of, random_basis, tensors, variations
 
 from guardfold.guard.guard import Guard
-from guardfold.guard.interventions.kinds import SharedProjection, SublayerProjection
-from guardfold.guard.presets.presets import Scope
+from guardfold.guard.interventions import SharedProjection, SublayerProjection
+from guardfold.guard.presets.layers import Scope
 from guardfold.pipeline import Export, GuardOptions, export_guarded
 
 SHARDS = "20KB"

@@ -21,7 +21,7 @@ from guardfold.export.checkpoint.rounding import ROUNDINGS, Rounding
 from guardfold.export.checkpoint.staging import staging
 from guardfold.guard.base.errors import InputError
 from guardfold.guard.guard import Guard
-from guardfold.guard.interventions.kinds import SharedProjection, SublayerProjection
+from guardfold.guard.interventions import SharedProjection, SublayerProjection
 from guardfold.pipeline import Export, GuardOptions, NotSafer, check_guarded, export_guarded
 
 GUARD = Guard((SublayerProjection({1: random_basis(1, 32)}),), {"made": "by hand"})

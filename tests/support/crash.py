@@ -22,7 +22,7 @@ from zoo import Tiny, random_basis
 
 from guardfold.guard.base.errors import InputError
 from guardfold.guard.guard import Guard
-from guardfold.guard.interventions.kinds import SublayerProjection
+from guardfold.guard.interventions import SublayerProjection
 from guardfold.pipeline import GuardOptions, check_guarded, export_guarded
 
 FORMATS = {"one file": "5GB", "shards": "20KB"}

@@ -13,7 +13,7 @@ from zoo import random_basis
 
 from guardfold.guard.fitting.transcripts import Place, Readings
 from guardfold.guard.guard import Guard
-from guardfold.guard.interventions.kinds import Gate, SublayerProjection, TwoPass
+from guardfold.guard.interventions import Gate, SublayerProjection, TwoPass
 from guardfold.guard.model.vlm import VLM, load
 
 T0, T1 = -0.3, 0.6

@@ -11,7 +11,7 @@ from zoo import random_basis
 
 from guardfold.export.publish.card import GUARD_FILE, Source, write_card, write_manifest
 from guardfold.guard.guard import Guard
-from guardfold.guard.interventions.kinds import SublayerProjection
+from guardfold.guard.interventions import SublayerProjection
 
 
 def publish(model: Path, folder: Path, ruling: str = "safer", shards: int = 1, source: str = "demo") -> Path:

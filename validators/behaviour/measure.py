@@ -16,7 +16,6 @@ from ...guard.base.progress import batched
 from ...guard.fitting.states import text_states
 from ...guard.guard import Guard
 from ...guard.hooks import attached
-from ...guard.interventions.kinds import TwoPass
 from ...guard.model.vlm import VLM, running
 from ...guard.prompts.image_files import MAX_PIXELS_AT_ONCE
 from ...guard.prompts.image_kinds import IMAGE_KINDS, ImageKind
@@ -103,7 +102,7 @@ def respond(vlm: VLM, inputs: BatchFeature) -> list[str]:
 
 
 def _text_pass(vlm: VLM, prompts: Sequence[Prompt], guard: Guard) -> dict[int, torch.Tensor] | None:
-    layers = sorted({layer for each in guard.interventions if isinstance(each, TwoPass) for layer in each.layers})
+    layers = sorted({layer for each in guard.interventions for layer in each.text_layers})
     return text_states(vlm, prompts, layers) if layers else None
 
 

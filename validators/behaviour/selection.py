@@ -5,10 +5,9 @@ The evaluation's probes are not among what is seen here.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -18,15 +17,12 @@ from transformers import BatchFeature
 from ...guard.base.errors import Refused
 from ...guard.base.progress import track
 from ...guard.fitting.calibration import Examples, Part
-from ...guard.fitting.directions import auc
-from ...guard.fitting.linear_probe import Detector, firing
 from ...guard.fitting.transcripts import answer
 from ...guard.guard import Guard
-from ...guard.hooks import attached, ramp
-from ...guard.interventions.kinds import Gate, LinearGate
-from ...guard.model.roles import mlp_parts
+from ...guard.hooks import attached
+from ...guard.interventions import Candidate, Intervention, Reading
 from ...guard.model.vlm import VLM
-from ...guard.presets.presets import Candidate
+from ...guard.presets import Preset
 from ...guard.prompts.image_kinds import ImageKind
 from ...guard.prompts.prompts import Prompt, encode, illustrated
 from ..evidence.divergence import Divergence
@@ -152,89 +148,60 @@ def _change(trial: Trial) -> float:
     return trial.figures.benign_kl + trial.figures.pictured_kl
 
 
-def choose(preset: str, gate: Trial | None, full: Trial | None) -> tuple[Trial, str]:
-    """The trial that `preset` asks for and why: auto takes vlm-guard unless the gate alone refuses more.
+def choose(preset: Preset, chosen_in: Mapping[str, Trial | None]) -> tuple[Trial, str, str]:
+    """(the trial that `preset` takes, the name of its round, why), of the best trial of each of its rounds.
 
-    Raises Refused if there is nothing within the limits to choose.
+    The last round's, unless an earlier one refuses more and the preset does not insist.  Raises Refused if nothing is
+    within the limits.
     """
-    if gate is None and full is None:
+    found = {name: trial for name, trial in chosen_in.items() if trial is not None}
+    if not found:
         raise Refused(
             "no candidate keeps benign answers within the limits "
             f"(KL {MAX_KL} nats, {MAX_NEW_REFUSALS:.0%} new refusals); nothing was written"
         )
-    if preset == "gate" or full is None:
-        if gate is None:
-            raise Refused("no gate keeps benign answers within the limits; nothing was written")
-        why = "asked for" if preset == "gate" else "every projection broke the limits; the gate alone does not"
-        return gate, why
-    if preset == "vlm-guard" or gate is None:
-        return full, "asked for" if preset == "vlm-guard" else "no gate alone was within the limits"
-    with_, without = full.figures.refusal, gate.figures.refusal
-    if without > with_:
-        return (
-            gate,
-            f"auto: the gate alone refuses {without:.1%} of harmful prompts with pictures, vlm-guard {with_:.1%}",
-        )
-    return full, f"auto: vlm-guard refuses {with_:.1%} of harmful prompts with pictures, the gate alone {without:.1%}"
+    names = [round_.name for round_ in preset.rounds]
+    last = names[-1]
+    if len(names) == 1:
+        return found[last], last, "asked for"
+    first = names[0]
+    if last not in found:
+        return found[first], first, f"every {last} broke the limits; the {first} alone does not"
+    if preset.insists:
+        return found[last], last, "asked for"
+    if first not in found:
+        return found[last], last, f"no {first} alone was within the limits"
+    alone, more = found[first].figures.refusal, found[last].figures.refusal
+    if alone > more:
+        why = f"the {first} alone refuses {alone:.1%} of harmful prompts with pictures, {last} {more:.1%}"
+        return found[first], first, f"{preset.name}: {why}"
+    why = f"{last} refuses {more:.1%} of harmful prompts with pictures, the {first} alone {alone:.1%}"
+    return found[last], last, f"{preset.name}: {why}"
 
 
-def detector_of(gate: Gate) -> Detector:
-    """The detector that `gate` carries."""
-    return Detector(gate.detector, gate.t0, gate.t1, gate.unit)
-
-
-def scrutinise(vlm: VLM, gate: Gate, held_out: Examples) -> dict[str, Any]:
-    """The gate on examples that it was neither fitted to nor chosen on: AUC and share opened per image kind, where it
-    fires besides, and how far its ramp is from the ideal clip for several beta (largest difference, of a height of 1).
+def scrutinise(vlm: VLM, intervention: Intervention, held_out: Examples) -> dict[str, Any]:
+    """What opens `intervention`, on examples that it was neither fitted to nor chosen on.
 
     Raises Refused if the AUC under pictures is below MIN_AUC: no better than a coin, it guards nothing.
     """
-    everything = torch.cat([held_out.positives, held_out.other.x])
-    negatives = held_out.other.x @ gate.detector
-    scores: dict[str, float] = {kind: auc(x @ gate.detector, negatives) for kind, x in held_out.harmful.items()}
-    _check_auc(scores)
-    parts = mlp_parts(vlm.layers[gate.layer])
-    ideal = ramp(everything, replace(gate, beta=math.inf), parts.act, parts.gated)
-    return {
-        "auc": scores,
-        "opens": {kind: float((x @ gate.detector > gate.t0).double().mean()) for kind, x in held_out.harmful.items()},
-        "fires_elsewhere": firing(detector_of(gate), held_out.other),
-        "distance_to_clip": {
-            f"{beta:g}": float((ramp(everything, replace(gate, beta=beta), parts.act, parts.gated) - ideal).abs().max())
-            for beta in sorted({64.0, 256.0, 1024.0, gate.beta})
-        },
-    }
-
-
-def scrutinise_linear(gate: LinearGate, held_out: Examples) -> dict[str, Any]:
-    """The linear gate on neurons that it was neither fitted to nor chosen on: AUC, and mean and standard deviation of
-    g.a, per image kind and everywhere else.
-
-    Raises Refused if the AUC under pictures is below MIN_AUC.
-    """
-    elsewhere = held_out.other.x @ gate.readout
-    opened: dict[str, Tensor] = {kind: x @ gate.readout for kind, x in held_out.harmful.items()}
-    scores: dict[str, float] = {kind: auc(each, elsewhere) for kind, each in opened.items()}
-    _check_auc(scores)
-    spread: dict[str, Tensor] = {**opened, "everything else": elsewhere}
-    return {"auc": scores, "opens": {name: [float(each.mean()), float(each.std())] for name, each in spread.items()}}
-
-
-def _check_auc(scores: Mapping[str, float]) -> None:
-    low = min((score, kind) for kind, score in scores.items() if kind != "text")
+    figures = intervention.held_out(vlm, held_out)
+    low = min((score, kind) for kind, score in figures["auc"].items() if kind != "text")
     if low[0] < MIN_AUC:
         raise Refused(
             f"the detector tells harmful prompts with a {low[1]} picture apart with an AUC of {low[0]:.2f} only "
             f"(at least {MIN_AUC}); more or better anchors are needed, nothing was written"
         )
+    return figures
 
 
-def sample_scores(gate: Gate, held_out: Examples, count: int = 200) -> dict[str, list[float]]:
-    """Detector scores u.x to draw: of harmful prompts per image kind, and of everything else, up to `count` each."""
+def sample_scores(reading: Reading, held_out: Examples, count: int = 200) -> dict[str, list[float]]:
+    """What is read, to draw: of harmful prompts per image kind, and of everything else, up to `count` each."""
     groups: dict[str, Tensor] = {f"harmful, {kind}": x for kind, x in held_out.harmful.items()}
     groups["everything else"] = held_out.other.x
     draw = torch.Generator().manual_seed(0)
     return {
-        name: [round(float(score), 4) for score in (x[torch.randperm(len(x), generator=draw)[:count]] @ gate.detector)]
+        name: [
+            round(float(score), 4) for score in (x[torch.randperm(len(x), generator=draw)[:count]] @ reading.weights)
+        ]
         for name, x in groups.items()
     }

@@ -18,7 +18,8 @@ from ...guard.fitting.states import prompt_states
 from ...guard.fitting.transcripts import answer, last_readings
 from ...guard.guard import Guard
 from ...guard.hooks import attached
-from ...guard.interventions.kinds import Gate, TwoPass
+from ...guard.interventions import Gate
+from ...guard.interventions.base import PerLayer
 from ...guard.model.vlm import VLM, load
 from ...guard.prompts.image_kinds import IMAGE_KINDS, ImageKind
 from ..behaviour.evaluation_prompts import Probes
@@ -255,7 +256,7 @@ def _effects(vlm: VLM, guard: Guard, probes: Probes) -> Effects:
     return Effects(kl, scores, layer, _projections(vlm, guard.reference, probes) if guard.reference else {})
 
 
-def _projections(vlm: VLM, reference: TwoPass, probes: Probes) -> dict[ImageKind, dict[str, list[float]]]:
+def _projections(vlm: VLM, reference: PerLayer, probes: Probes) -> dict[ImageKind, dict[str, list[float]]]:
     layer = max(reference.layers)
     along: dict[ImageKind, dict[str, list[float]]] = {kind: {} for kind in IMAGE_KINDS}
     for kind in IMAGE_KINDS:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...export.checkpoint.edits import (
-    AddLowRank,
+    AddProduct,
     Edit,
     Projecting,
     ProjectRows,
@@ -31,7 +31,6 @@ from ...export.checkpoint.headers import DTYPES, Checkpoint, TensorInfo
 from ...export.checkpoint.rounding import REPAIRED, Rounding
 from ...guard.base.progress import track
 from ...guard.guard import Guard
-from ...guard.interventions.kinds import Gate, LinearGate, SharedProjection, SublayerProjection
 from ...guard.model.roles import MLP_NAMES, decoder_layers, final_norm, output_tensor, sublayers
 
 EXACT_TOLERANCE = 1e-5
@@ -86,17 +85,16 @@ def leak_probe(model: PreTrainedModel, guard: Guard) -> Iterator[Leaks]:
 
     try:
         layers = decoder_layers(model)
-        gated = {each.layer for each in guard.interventions if isinstance(each, Gate | LinearGate)}
-        for each in guard.interventions:
-            if isinstance(each, SharedProjection) and each.strength == 1:
+        added = {layer for each in guard.interventions if each.adds for layer in each.layers}
+        for site in (site for each in guard.interventions for site in each.leak_sites()):
+            if site.layer is None:
                 for number, layer in enumerate(layers):
-                    watch_input(layer, f"into layer {number}", each.basis)
-                watch_input(final_norm(model), "into the final norm", each.basis)
-            elif isinstance(each, SublayerProjection) and each.strength == 1:
-                for number, basis in each.bases.items():
-                    for name, sublayer in sublayers(layers[number]).items():
-                        if number not in gated or name not in MLP_NAMES:  # what a gate writes is meant to stay
-                            watch_output(sublayer, f"{name} of layer {number}", basis)
+                    watch_input(layer, f"into layer {number}", site.basis)
+                watch_input(final_norm(model), "into the final norm", site.basis)
+            else:
+                for name, sublayer in sublayers(layers[site.layer]).items():
+                    if site.layer not in added or name not in MLP_NAMES:  # what is added there is meant to stay
+                        watch_output(sublayer, f"{name} of layer {site.layer}", site.basis)
         yield leaks
     finally:
         for handle in handles:
@@ -117,17 +115,24 @@ def tensor_leak(source: Checkpoint, folded: Rows, name: str, edits: Sequence[Edi
 
     |V W' - (1 - strength) V W| / max(|V W|, sqrt(m / d) |W|): 1 if nothing was projected, about the unit roundoff
     otherwise; the second term is the share that a random direction would have.  Columns that another edit replaces, and
-    what another adds, are left out.  Reads both files in blocks of rows.
+    what a later one adds, are left out.  Reads both files in blocks of rows.
     """
     rank, width = edit.basis.shape
+    place = next(number for number, other in enumerate(edits) if other is edit)
     replaced = {column for other in edits if isinstance(other, SetColumns) for column in other.columns}
     had = source.info(name).shape
     columns = [column for column in range(had[-1]) if column not in replaced] if len(had) > 1 else ...
     kept, old, squares = [], [], 0.0
     for first, last in row_blocks(had):
         before, after = (each.read(name, first, last)[..., columns].double() for each in (source, folded))
-        for added in (other for other in edits if isinstance(other, AddLowRank)):
-            after = AddLowRank(-added.left, added.right).apply(after, first)
+        for number, added in enumerate(edits):
+            if not isinstance(added, AddProduct):
+                continue
+            right = added.right if added.right.ndim == 1 else added.right[..., columns]
+            if number < place:  # what was added before is projected with the rest
+                before = AddProduct(added.left, right).apply(before, first)
+            else:
+                after = AddProduct(-added.left, right).apply(after, first)
         kept.append(taken(edit, after - (1 - edit.strength) * before, first))
         old.append(taken(edit, before, first))
         squares += float(before.square().sum())

@@ -17,7 +17,7 @@ from guardfold.export.checkpoint.rounding import CANDIDATES, FINE, Block, candid
 from guardfold.export.families.table import family_of
 from guardfold.export.fold import fold
 from guardfold.guard.guard import Guard
-from guardfold.guard.interventions.kinds import SharedProjection
+from guardfold.guard.interventions import SharedProjection
 from guardfold.validators.demo import DEMO
 from guardfold.validators.evidence.leaks import tensor_tolerance
 

@@ -30,7 +30,7 @@ from guardfold.export.fold import Fold, fold
 from guardfold.guard.base.errors import InputError
 from guardfold.guard.guard import Guard, Intervention
 from guardfold.guard.hooks import attached
-from guardfold.guard.interventions.kinds import SharedProjection, SublayerProjection
+from guardfold.guard.interventions import SharedProjection, SublayerProjection
 from guardfold.guard.model.vlm import auto_class, meta_model
 from guardfold.validators.evidence.leaks import leak_probe
 
@@ -60,6 +60,7 @@ class Case:
     """A specimen saved to disk, as a checkpoint, a family, and a model loaded from there; what is slow is done once."""
 
     specimen: Specimen
+    style: str
     place: Path
     checkpoint: Checkpoint
     family: Family
@@ -159,7 +160,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = saved(SPECIMENS[name], style, place / "model")
     checkpoint = Checkpoint.open(folder)
     model = auto_class(checkpoint.config).from_pretrained(folder, dtype=torch.float64, **EAGER).eval()
-    return Case(SPECIMENS[name], place, checkpoint, family_of(checkpoint), model)
+    return Case(SPECIMENS[name], style, place, checkpoint, family_of(checkpoint), model)
 
 
 def test_what_the_rows_say_is_what_the_tracer_finds(case: Case) -> None:
@@ -257,11 +258,13 @@ def test_a_traced_row_alone_describes_the_family(case: Case, tmp_path: Path, mon
 
 
 def test_a_gate_equals_its_hook_wherever_an_mlp_holds_one(case: Case) -> None:
+    """After a projection of the same layer, which leaves alone what the gate writes, and before one, which does not."""
     family = case.family
     bias = {layer: mlp.bias_of(mlp.gate) in case.checkpoint.shapes for layer, mlp in family.mlps.items()}
     for layer in {biased: layer for layer, biased in bias.items()}.values():
         gate: Intervention = make_gate(family.width, layer, free=not bias[layer], recycled=(1, 4), beta=64.0)
-        guard = Guard((gate,))
+        projection = SublayerProjection({layer: case.basis}, 0.7)
+        guard = Guard((projection, gate) if case.style == "hub" else (gate, projection))
         _, model = case.folded(guard)
         hooked = case.hooked(guard)
         assert distance(case.logits(model), hooked) <= TOLERANCE < distance(hooked, case.original)

@@ -20,7 +20,7 @@ from guardfold.export.checkpoint.headers import Checkpoint
 from guardfold.export.families.table import MAX_FAMILY_BYTES, Table, family_of
 from guardfold.guard.base.errors import InputError, Refused
 from guardfold.guard.guard import Guard
-from guardfold.guard.interventions.kinds import SharedProjection
+from guardfold.guard.interventions import SharedProjection
 from guardfold.guard.model.vlm import ALIASES, located
 from guardfold.pipeline import GuardOptions, check_guarded, export_guarded, trace_family
 

@@ -29,7 +29,7 @@ from guardfold.export.fold import Fold, fold
 from guardfold.export.formats.lora import BIASED, Adapter, adaptable, adapters, low_rank, without
 from guardfold.guard.guard import Guard
 from guardfold.guard.hooks import attached
-from guardfold.guard.interventions.kinds import SharedProjection, SublayerProjection, TwoPass
+from guardfold.guard.interventions import SharedProjection, SublayerProjection, TwoPass
 from guardfold.validators.runtimes.adapted import Adapted, inspect_adapters
 
 TOLERANCE = 1e-5

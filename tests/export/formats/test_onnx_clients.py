@@ -30,7 +30,7 @@ from guardfold.export.checkpoint.headers import Checkpoint
 from guardfold.export.formats.onnx.graphs import Plan, write_graphs
 from guardfold.export.formats.onnx.layout import precisions
 from guardfold.guard.guard import Guard
-from guardfold.guard.interventions.kinds import SublayerProjection
+from guardfold.guard.interventions import SublayerProjection
 from guardfold.guard.prompts.image_kinds import draw
 from guardfold.validators.demo import DEMO
 

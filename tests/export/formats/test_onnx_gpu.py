@@ -14,7 +14,7 @@ from zoo import random_basis
 from guardfold.export.formats.formats import Formats
 from guardfold.export.formats.onnx.layout import PRECISIONS
 from guardfold.guard.guard import Guard
-from guardfold.guard.interventions.kinds import SublayerProjection
+from guardfold.guard.interventions import SublayerProjection
 from guardfold.guard.model.vlm import load
 from guardfold.pipeline import GuardOptions, export_guarded
 from guardfold.validators.evidence.runtime import comparison, observe

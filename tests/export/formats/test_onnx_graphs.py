@@ -24,7 +24,7 @@ from guardfold.export.formats.onnx.layout import DECODER, EMBED, GRAPHS, PRECISI
 from guardfold.export.formats.onnx.paths import PATHS, path_of
 from guardfold.guard.base.errors import InputError
 from guardfold.guard.guard import Guard
-from guardfold.guard.interventions.kinds import ResidualProjection
+from guardfold.guard.interventions import ResidualProjection
 from guardfold.guard.model.vlm import VLM, load
 from guardfold.validators.evidence.runtime import Agreement, agreement, as_prompts, comparison, observe
 from guardfold.validators.runtimes.onnx import Runner

@@ -15,7 +15,7 @@ from zoo import random_basis
 
 from guardfold.export.publish.card import Source, write_card
 from guardfold.guard.guard import Guard
-from guardfold.guard.interventions.kinds import SublayerProjection
+from guardfold.guard.interventions import SublayerProjection
 from guardfold.pipeline import GuardOptions
 from guardfold.pipeline.describing import _command
 

@@ -27,7 +27,7 @@ from guardfold.guard.base.errors import InputError, Refused
 from guardfold.guard.base.hub import ATTEMPTS, download
 from guardfold.guard.base.untrusted import MAX_PARTS
 from guardfold.guard.guard import Guard
-from guardfold.guard.interventions.kinds import SublayerProjection
+from guardfold.guard.interventions import SublayerProjection
 from guardfold.guard.model.vlm import load, resolve
 from guardfold.pipeline import Export, GuardOptions, export_guarded
 

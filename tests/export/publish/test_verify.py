@@ -21,7 +21,7 @@ from guardfold.guard.base import untrusted
 from guardfold.guard.base.errors import InputError
 from guardfold.guard.base.untrusted import printable
 from guardfold.guard.guard import Guard
-from guardfold.guard.interventions.kinds import SublayerProjection
+from guardfold.guard.interventions import SublayerProjection
 from guardfold.pipeline import GuardOptions, check_guarded, export_guarded, exporting, extract_guard, extract_to
 
 

@@ -28,7 +28,7 @@ from guardfold.guard.base.hub import download
 from guardfold.guard.base.remote_code import trusted, trusting
 from guardfold.guard.guard import Guard
 from guardfold.guard.hooks import attached
-from guardfold.guard.interventions.kinds import SublayerProjection
+from guardfold.guard.interventions import SublayerProjection
 from guardfold.guard.model.vlm import auto_class, load, meta_model, read_config
 from guardfold.guard.prompts.prompts import Prompt, encode
 from guardfold.pipeline import GuardOptions, check_guarded, export_guarded, extract_guard, inspect_model, trace_family

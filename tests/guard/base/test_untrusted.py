@@ -23,7 +23,7 @@ from guardfold.guard.base.errors import InputError
 from guardfold.guard.base.remote_code import trusting
 from guardfold.guard.base.untrusted import ASCII_FROM_BYTES, MAX_PARTS, parse_object
 from guardfold.guard.guard import MAX_GUARD_BYTES, Guard, Intervention
-from guardfold.guard.interventions.kinds import SublayerProjection
+from guardfold.guard.interventions import SublayerProjection
 from guardfold.guard.model.vlm import meta_model, read_config
 from guardfold.guard.prompts.image_files import load_image
 from guardfold.guard.prompts.prompts import load_anchors

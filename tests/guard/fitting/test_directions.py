@@ -19,7 +19,7 @@ from guardfold.guard.fitting.directions import (
 )
 from guardfold.guard.fitting.states import prompt_states
 from guardfold.guard.model.vlm import VLM
-from guardfold.guard.presets.presets import best_layer, projection
+from guardfold.guard.presets.projection import best_layer, projection
 from guardfold.guard.prompts.prompts import Anchors, Prompt
 
 HARMFUL = (

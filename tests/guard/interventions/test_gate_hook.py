@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, OPTConfig, PhiConfig
 from zoo import random_basis
 
-from guardfold.export.fold import GateNeurons
 from guardfold.guard.base.errors import InputError
 from guardfold.guard.guard import Guard
-from guardfold.guard.hooks import attached, ramp
-from guardfold.guard.interventions.kinds import Gate, SharedProjection, SublayerProjection, TwoPass
+from guardfold.guard.hooks import attached
+from guardfold.guard.interventions import Gate, SharedProjection, SublayerProjection, TwoPass
+from guardfold.guard.interventions.gate import ramp
 from guardfold.guard.model.roles import mlp_parts
 from guardfold.guard.model.vlm import VLM
+from guardfold.guard.weight_edits import MLPForm, ReplaceNeurons
 
 CLOSE = 1e-5
 WIDTH = 16
@@ -263,9 +264,14 @@ class Plain(nn.Module):
         return self.fc2(self.activation_fn(self.fc1(x)))
 
 
+def neurons_of(gate: Gate, gated: bool) -> ReplaceNeurons:
+    (edit,) = gate.edits(lambda layer: MLPForm(gated, gate.unit is None, 64))
+    return edit
+
+
 def put(gate: Gate, fc1: nn.Linear, fc2: nn.Linear) -> None:
     """Writes the gate's neurons into a plain MLP, in place of the recycled ones."""
-    neurons, places = GateNeurons.of(gate, gated=False), list(gate.recycled)
+    neurons, places = neurons_of(gate, gated=False), list(gate.recycled)
     with torch.no_grad():
         fc1.weight[places], fc1.bias[places] = neurons.gate.float(), neurons.gate_bias.float()
         fc2.weight[:, places] = neurons.down.T.float()
@@ -310,12 +316,12 @@ def test_hook_and_neurons_agree_in_models_with_plain_mlps(family: str, free: boo
 def test_the_gates_rows_are_those_of_the_formula() -> None:
     biased, free = make_gate(WIDTH, beta=64), make_gate(WIDTH, free=True, beta=64)
     u, c, k = biased.detector.double(), biased.column.double() / (T1 - T0), unit_vector(WIDTH, 3).double()
-    of = GateNeurons.of(biased, gated=True)
+    of = neurons_of(biased, gated=True)
     assert torch.allclose(of.gate, 64 * torch.stack([u, u]))
     assert torch.allclose(of.gate_bias, torch.tensor([-64 * T0, -64 * T1], dtype=torch.float64))
     assert not of.up.any() and of.up_bias.tolist() == [1 / 64, 1 / 64]
     assert torch.allclose(of.down, torch.stack([c, -c]))
-    of = GateNeurons.of(free, gated=True)
+    of = neurons_of(free, gated=True)
     assert torch.allclose(of.gate, 64 * torch.stack([u - T0 * k, u - T1 * k]), atol=1e-5)
     assert torch.allclose(of.up, torch.stack([k, k]) / 64)
     assert not of.gate_bias.any() and not of.up_bias.any()

@@ -18,7 +18,7 @@ from guardfold.guard.fitting.linear_probe import fit_readout
 from guardfold.guard.fitting.transcripts import Place
 from guardfold.guard.guard import Guard
 from guardfold.guard.hooks import attached
-from guardfold.guard.interventions.kinds import LinearGate, SharedProjection, SublayerProjection
+from guardfold.guard.interventions import LinearGate, SharedProjection, SublayerProjection
 from guardfold.guard.model.vlm import VLM, load
 
 NEURONS = 48

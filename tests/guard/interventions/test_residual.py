@@ -18,7 +18,7 @@ from guardfold.export.fold import fold
 from guardfold.guard.base.errors import InputError
 from guardfold.guard.guard import Guard
 from guardfold.guard.hooks import attached
-from guardfold.guard.interventions.kinds import ResidualProjection
+from guardfold.guard.interventions import ResidualProjection
 from guardfold.guard.model.vlm import VLM
 
 BASES = {0: random_basis(2, 32, 1), 2: random_basis(1, 32, 2)}

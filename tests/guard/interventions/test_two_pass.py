@@ -14,7 +14,7 @@ from zoo import random_basis
 from guardfold.guard.fitting.states import text_states
 from guardfold.guard.guard import Guard
 from guardfold.guard.hooks import attached
-from guardfold.guard.interventions.kinds import TwoPass
+from guardfold.guard.interventions import TwoPass
 from guardfold.guard.model.vlm import VLM
 from guardfold.guard.prompts.prompts import Prompt, encode, illustrated
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guardfold.guard.base.errors import InputError
-from guardfold.guard.presets.presets import parse_layers
+from guardfold.guard.presets.layers import parse_layers
 
 
 @pytest.mark.parametrize(

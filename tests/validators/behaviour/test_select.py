@@ -19,9 +19,9 @@ from guardfold.guard.base.errors import Refused
 from guardfold.guard.fitting import transcripts
 from guardfold.guard.fitting.calibration import BUILT_IN_BENIGN, Examples, Part, deal, load_benign
 from guardfold.guard.fitting.transcripts import Place
-from guardfold.guard.interventions.kinds import Gate, SublayerProjection
+from guardfold.guard.interventions import Candidate, Gate, SublayerProjection
 from guardfold.guard.model.vlm import DEMO, VLM, resolve
-from guardfold.guard.presets.presets import Candidate
+from guardfold.guard.presets import presets
 from guardfold.guard.prompts import prompts
 from guardfold.guard.prompts.prompts import BUILT_IN_ANCHORS, Prompt, load_anchors
 from guardfold.validators.behaviour import selection as select
@@ -98,10 +98,9 @@ GATE, FULL = trial(refusal=0.9), trial(refusal=0.9)
         ("auto", GATE, FULL, "full", "vlm-guard refuses 90.0%"),
         ("auto", trial(refusal=0.95), FULL, "gate", "the gate alone refuses 95.0%"),
         ("auto", GATE, trial(refusal=0.95), "full", "vlm-guard refuses 95.0%"),
-        ("auto", GATE, None, "gate", "every projection broke the limits"),
+        ("auto", GATE, None, "gate", "every vlm-guard broke the limits"),
         ("auto", None, FULL, "full", "no gate alone"),
         ("gate", GATE, None, "gate", "asked for"),
-        ("gate", GATE, trial(refusal=1.0), "gate", "asked for"),
         ("vlm-guard", trial(refusal=1.0), FULL, "full", "asked for"),
         ("vlm-guard", None, FULL, "full", "asked for"),
     ],
@@ -109,15 +108,16 @@ GATE, FULL = trial(refusal=0.9), trial(refusal=0.9)
 def test_a_preset_gets_what_it_asks_for_and_auto_the_better(
     preset: str, gate: Trial | None, full: Trial | None, chosen: str, says: str
 ) -> None:
-    got, why = choose(preset, gate, full)
+    got, name, why = choose(presets()[preset], {"gate": gate, "vlm-guard": full})
     assert got is {"gate": gate, "full": full}[chosen]
+    assert name == {"gate": "gate", "full": "vlm-guard"}[chosen]
     assert says in why
 
 
-@pytest.mark.parametrize(("preset", "full"), [("auto", None), ("vlm-guard", None), ("gate", None), ("gate", FULL)])
-def test_where_nothing_is_allowed_the_export_is_refused(preset: str, full: Trial | None) -> None:
+@pytest.mark.parametrize("preset", ["auto", "vlm-guard", "gate"])
+def test_where_nothing_is_allowed_the_export_is_refused(preset: str) -> None:
     with pytest.raises(Refused, match=r"within the limits.*nothing was written") as error:
-        choose(preset, None, full)
+        choose(presets()[preset], {"gate": None})
     assert "\n" not in str(error.value)
 
 

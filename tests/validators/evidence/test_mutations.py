@@ -22,8 +22,8 @@ from guardfold.export.families.table import Family, family_of
 from guardfold.export.fold import Fold, fold
 from guardfold.guard.base.errors import InputError
 from guardfold.guard.guard import Guard
-from guardfold.guard.interventions.kinds import SharedProjection, SublayerProjection
-from guardfold.guard.presets.presets import Scope
+from guardfold.guard.interventions import SharedProjection, SublayerProjection
+from guardfold.guard.presets.layers import Scope
 from guardfold.validators.evidence.equivalence import Equivalence, compare
 from guardfold.validators.evidence.integrity import inspect_folder
 
