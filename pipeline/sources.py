@@ -21,6 +21,7 @@ from ..export.publish.card import Source
 from ..guard.base.progress import bar
 from ..guard.base.untrusted import check_name
 from ..guard.model.vlm import located, resolve
+from ..validators.evidence.loaded import check_loaded
 
 
 @contextmanager
@@ -29,8 +30,11 @@ def based_on(
 ) -> Iterator[tuple[Source, Path]]:
     """(what is guarded, the folder of its weights): the model `name` in `folder`, or, with `adapter`, that model after
     merging, which lies in `scratch` until the block ends.
+
+    Raises InputError, naming the tensor, unless transformers loads from either what is read here (loaded.py).
     """
     source = Source(name, folder)
+    check_loaded(Checkpoint.open(folder))
     if adapter is None:
         yield source, folder
         return
@@ -44,6 +48,7 @@ def based_on(
         with written(checkpoint, "merging (MB)") as advance:
             rewrite(checkpoint, family, edits, Path(merged), advance)
         copy_companions(folder, Path(merged))
+        check_loaded(Checkpoint.open(Path(merged)))
         yield replace(source, adapter=describe_adapter(called, place)), Path(merged)
 
 

@@ -112,6 +112,7 @@ def _logits(model: PreTrainedModel, batches: Batches) -> Logits:
 def _greedy(model: Any, batches: Batches) -> list[int]:
     """GREEDY_TOKENS most likely tokens after every prompt, with a KV cache, one list for all."""
     count = {"min_new_tokens": GREEDY_TOKENS, "max_new_tokens": GREEDY_TOKENS, "do_sample": False}
+    count |= {"return_dict_in_generate": False}  # a config may ask for hidden states or attentions as well
     with running(model):
         return [
             token
