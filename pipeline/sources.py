@@ -22,6 +22,7 @@ from ..guard.base.errors import InputError
 from ..guard.base.progress import bar, megabytes
 from ..guard.base.untrusted import check_name
 from ..guard.model.vlm import located, resolve
+from ..validators.evidence.loaded import check_loaded
 
 
 def opened(model: str, family_file: Path | None = None) -> OpenModel:
@@ -33,8 +34,9 @@ def opened(model: str, family_file: Path | None = None) -> OpenModel:
 @contextmanager
 def based_on(model: OpenModel, adapter: str | None, scratch: Path) -> Iterator[OpenModel]:
     """What is guarded: `model`, or, with `adapter`, that model after merging, which lies in `scratch` until the block
-    ends.
+    ends. Raises InputError, naming the tensor, unless transformers loads from either what is read here (loaded.py).
     """
+    check_loaded(model.checkpoint)
     if adapter is None:
         yield model
         return
@@ -47,7 +49,9 @@ def based_on(model: OpenModel, adapter: str | None, scratch: Path) -> Iterator[O
             rewrite(model.checkpoint, model.family, edits, Path(merged), advance)
         copy_companions(model.folder, Path(merged))
         source = replace(model.source, adapter=describe_adapter(called, place))
-        yield OpenModel(source, Path(merged), model.family_file)
+        made = OpenModel(source, Path(merged), model.family_file)
+        check_loaded(made.checkpoint)
+        yield made
 
 
 @contextmanager

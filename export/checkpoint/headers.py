@@ -186,8 +186,8 @@ class Checkpoint:
 
 def _refuse_quantised(folder: Path, config: dict[str, Any]) -> None:
     parts = (part for part in inside(config) if isinstance(part, dict))
-    found = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
-    if found:
+    found = next((each for part in parts if (each := part.get("quantization_config")) is not None), None)
+    if found is not None:
         method = found.get("quant_method") if isinstance(found, dict) else None
         raise InputError(f"{folder}: quantised ({method or 'quantization_config in config.json'}); {QUANTISED}")
 

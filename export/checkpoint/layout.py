@@ -69,8 +69,8 @@ class Layout:
     """Every parameter and buffer of a checkpoint by its name in memory, as transformers would load it into `model`.
 
     stored: name in memory -> how it lies on disk.  shapes: name in memory -> the shape that what is on disk gives.
-    tied: name in memory without a tensor -> the stored one that is the same parameter.  disk_shapes: tensor's name on
-    disk -> shape, as it was given.  model: may be on meta.  Raises InputError naming the tensor if transformers could
+    tied: name in memory without a tensor -> the stored one that is the same parameter.  expected: the model's own names.
+    disk_shapes: tensor's name on disk -> shape, as it was given.  model: may be on meta.  Raises InputError naming the tensor if transformers could
     not convert it.
     """
 
@@ -84,6 +84,7 @@ class Layout:
         self._group_of: dict[str, str] = {}
         self._doubles: list[tuple[str, str, str]] = []
         self._strangers: list[tuple[str, str]] = []
+        self.expected = frozenset(self._state)
         self.disk_shapes = shapes
         self.stored: dict[str, Stored] = {}
         self.shapes: dict[str, Shape] = {}
@@ -135,6 +136,7 @@ class Layout:
         missing, strangers = self._unmatched()
         for name in missing:
             at_hand = f" ({strangers[0]!r} is none of the model's)" if strangers else ""
+            at_hand += ", which config.json does not tie" if name in (self._model._tied_weights_keys or ()) else ""
             yield f"no tensor for {name}{at_hand}; transformers would fill it with random numbers"
         for disk in strangers:
             yield (

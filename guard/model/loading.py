@@ -28,7 +28,8 @@ read as transformers reads it. Names are those of transformers 5.23: `modeling_u
 | fusion_config | puts other modules in, and turns their weights | refused |
 | quantization_config, at any depth | puts other modules in | refused (headers.py) |
 | auto_map | runs code of the folder | refused unless trusted (remote_code.py) |
-| dtype, torch_dtype | casts what it loads | compared after the same cast |
+| dtype, torch_dtype | casts what it loads | compared after the same cast; refused unless floating |
+| return_dict: false | returns tuples, of which nobody here knows the parts | refused |
 | tie_word_embeddings | ties a head that has no tensor | the same; a head without either is missing |
 | text_config left out (Qwen2-VL as published) | reads it off the top | written as it was read (rewrite.py) |
 | key_mapping, _checkpoint_conversion_mapping | passes them by: an argument, and once a class's | passed by |
@@ -59,6 +60,9 @@ ADAPTER = "adapter_config.json"
 DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 """Files of a model that was saved from several processes."""
 
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+"""What a model can be loaded in."""
+
 REDIRECTING = {
     "transformers_weights": "transformers loads its weights from there; give that file the name model.safetensors",
     "configuration_files": "transformers reads another config; make that one config.json",
@@ -84,3 +88,13 @@ def check_loading(folder: Path, config: Mapping[str, Any]) -> None:
     for entry, reason in REDIRECTING.items():
         if config.get(entry) is not None:
             raise InputError(f"{folder / 'config.json'}: {entry} is set: {reason}; remove the entry")
+    for entry in ("dtype", "torch_dtype"):
+        if config.get(entry) not in (None, *DTYPES):
+            raise InputError(
+                f"{folder / 'config.json'}: {entry} is {config[entry]!r}, in which transformers loads no model; use one of "
+                f"{', '.join(DTYPES)}"
+            )
+    if config.get("return_dict") is False:
+        raise InputError(
+            f"{folder / 'config.json'}: return_dict is false, so the model returns tuples; remove the entry"
+        )
