@@ -6,12 +6,17 @@ from collections.abc import Iterator
 
 from ..behaviour.verdict import Verdict, judge_guard
 from .behaviour import GUARDED, ORIGINAL
+from .coherence import COHERENCE
+from .effects import EFFECTS
 from .piece import JSON, Context, Piece, Stage
 
 
 def _run(context: Context) -> Verdict | None:
     original, guarded = context.found.of(ORIGINAL), context.found.of(GUARDED)
-    return judge_guard(original, guarded) if original and guarded else None
+    if not original or not guarded:
+        return None
+    effects, coherence = context.found.of(EFFECTS), context.found.of(COHERENCE)
+    return judge_guard(original, guarded, context.limits, effects and effects.kl, coherence and coherence.incoherent)
 
 
 def _reasons(figures: JSON) -> Iterator[str]:

@@ -14,7 +14,7 @@ from ...export.formats.lora import Adapted
 from ...guard.guard import Guard
 from ..behaviour.evaluation_prompts import Probes
 from ..behaviour.judge import Judge
-from ..behaviour.verdict import Ruling, Verdict
+from ..behaviour.verdict import LIMITS, Limits, Ruling, Verdict
 from . import EVIDENCE
 from .conclusion import VERDICT
 from .graphs import RUNTIME
@@ -94,21 +94,24 @@ def examine(
     rounding: Rounding,
     probes: Probes | None,
     judge: Judge | None = None,
+    limits: Limits = LIMITS,
 ) -> Evidence:
     """Gathers the evidence about `folded`, made from `source` by folding `guard`. Without `probes`, behaviour is not
     measured.
 
-    rounding: how the weights were rounded.  judge: default, by phrases.  Raises InputError if either folder cannot be
-    loaded.
+    rounding: how the weights were rounded.  judge: default, by phrases.  limits: of the verdict.  Raises InputError if
+    either folder cannot be loaded.
     """
-    return gather(Context(source, guard, Edited(folded, family, fold, rounding), probes, judge))
+    return gather(Context(source, guard, Edited(folded, family, fold, rounding), probes, judge, limits=limits))
 
 
-def examine_hooked(source: Checkpoint, guard: Guard, probes: Probes | None, judge: Judge | None = None) -> Evidence:
+def examine_hooked(
+    source: Checkpoint, guard: Guard, probes: Probes | None, judge: Judge | None = None, limits: Limits = LIMITS
+) -> Evidence:
     """Gathers the evidence about `source` with `guard`'s hooks, which graphs shall hold: what it does. Nothing was
     folded.
     """
-    return gather(Context(source, guard, None, probes, judge))
+    return gather(Context(source, guard, None, probes, judge, limits=limits))
 
 
 def with_graphs(

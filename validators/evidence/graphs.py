@@ -34,7 +34,7 @@ def _judged(agreement: Agreement, graphs: Graphs, original: Behaviour, probes: P
     if not math.isinf(precision.tolerance):
         return agreement
     vlm = Runner(graphs.folder, precision, graphs.provider).vlm
-    verdict = judge_guard(original, measure(vlm, probes, context.rules(probes), precision.name))
+    verdict = judge_guard(original, measure(vlm, probes, context.rules(probes), precision.name), context.limits)
     failures = () if verdict.ruling == "safer" else (f"{verdict.ruling}: {verdict.reasons[0]}",)
     return replace(agreement, verdict=verdict, failures=(*agreement.failures, *failures))
 

@@ -25,6 +25,7 @@ from ...guard.guard import Guard
 from ...guard.model.vlm import VLM
 from ..behaviour.evaluation_prompts import Probes
 from ..behaviour.judge import Judge, PhraseJudge
+from ..behaviour.verdict import LIMITS, Limits
 from ..runtimes.opened import Opened
 from .runtime import Runtime
 
@@ -39,9 +40,11 @@ class Stage(IntEnum):
     FILES = 0
     ORIGINAL = 1
     GUARDED = 2
-    RESULTS = 3
+    ONCE_MORE = 3
+    """The original again, about what the guarded model said."""
+    RESULTS = 4
     """Nothing: it looks at what earlier pieces found."""
-    GRAPHS = 4
+    GRAPHS = 5
     """Graphs, which are written after everything else was found to be in order."""
 
 
@@ -78,6 +81,7 @@ class Context:
 
     edited: None where nothing was folded, and the guard is the hooks that graphs shall hold.  probes: what models are
     asked; None: behaviour is not measured.  judge: default, by phrases.  graphs: where there are some already.
+    limits: of the verdict.
     """
 
     source: Checkpoint
@@ -86,6 +90,7 @@ class Context:
     probes: Probes | None = None
     judge: Judge | None = None
     graphs: Graphs | None = None
+    limits: Limits = LIMITS
     found: Found = field(default_factory=Found)
     opened: Opened = field(default_factory=Opened)
 
