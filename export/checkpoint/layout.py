@@ -69,9 +69,9 @@ class Layout:
     """Every parameter and buffer of a checkpoint by its name in memory, as transformers would load it into `model`.
 
     stored: name in memory -> how it lies on disk.  shapes: name in memory -> the shape that what is on disk gives.
-    tied: name in memory without a tensor -> the stored one that is the same parameter.  expected: the model's own names.
-    disk_shapes: tensor's name on disk -> shape, as it was given.  model: may be on meta.  Raises InputError naming the tensor if transformers could
-    not convert it.
+    tied: name in memory without a tensor -> the stored one that is the same parameter.  expected: the model's own
+    names.  disk_shapes: tensor's name on disk -> shape, as it was given.  model: may be on meta.  Raises InputError
+    naming the tensor if transformers could not convert it.
     """
 
     def __init__(self, model: PreTrainedModel, shapes: Mapping[str, Shape]) -> None:

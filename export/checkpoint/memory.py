@@ -35,7 +35,7 @@ def map_blocks_from(size: int) -> None:
 
 
 def let_go_of_mapped(files: Collection[Path]) -> None:
-    """What this process has mapped of `files`, nothing of which it writes to, leaves its memory until it is wanted again.
+    """Lets what this process has mapped of `files`, and writes nothing to, out of its memory until it is wanted again.
 
     For libraries that map whole files: without this, a pass over one leaves all of it resident. Only on Linux.
     """

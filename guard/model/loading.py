@@ -91,7 +91,7 @@ def check_loading(folder: Path, config: Mapping[str, Any]) -> None:
     for entry in ("dtype", "torch_dtype"):
         if config.get(entry) not in (None, *DTYPES):
             raise InputError(
-                f"{folder / 'config.json'}: {entry} is {config[entry]!r}, in which transformers loads no model; use one of "
+                f"{folder / 'config.json'}: {entry} is {config[entry]!r}, in which no model is loaded; use one of "
                 f"{', '.join(DTYPES)}"
             )
     if config.get("return_dict") is False:

@@ -1,4 +1,4 @@
-"""What lies in a folder beside a model, in its config or among its tensors is read as transformers reads it, or refused.
+"""What lies in a folder beside a model, in its config or among its tensors is read as transformers does, or refused.
 
 Each way is a folder with something more or less in it. What is refused is refused by name, from headers and config
 alone; what is taken is held to what plain transformers loads, before and after the fold.
@@ -98,7 +98,7 @@ def in_shards_with_one_unlisted(folder: Path) -> None:
 def in_two_shards(folder: Path) -> None:
     in_shards(folder)
     path = folder / "model-2.safetensors"
-    held = {name: each for name, each in tensors(folder).items()}
+    held = dict(tensors(folder))
     places = json.loads((folder / INDEX_FILE).read_text())["weight_map"]
     mine = {name: each for name, each in held.items() if places[name] == path.name}
     save_file(mine | {min(held): held[min(held)] + 1}, path, {"format": "pt"})
@@ -317,7 +317,10 @@ def test_a_model_with_a_leftover_adapter_is_not_run(model: Path) -> None:
             run()
 
 
-def saved(name: str, folder: Path, knobs: Knobs = Knobs(), hub_style: bool = True) -> Path:
+KNOBS = Knobs()
+
+
+def saved(name: str, folder: Path, knobs: Knobs = KNOBS, hub_style: bool = True) -> Path:
     specimen: Specimen = SPECIMENS[name]
     build(specimen, knobs, dtype=torch.float32).save_pretrained(folder, save_original_format=hub_style)
     return folder

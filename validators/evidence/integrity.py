@@ -1,4 +1,4 @@
-"""Is the folder sound? Untouched tensors bit-identical, shapes and dtypes kept, and every value in it, as it is read here,
+"""Is the folder sound? Untouched tensors bit-identical, shapes and dtypes kept, and every value in it, as read here,
 what plain transformers loads (loaded.py).
 """
 

@@ -53,8 +53,8 @@ Origins = Mapping[str, tuple[Checkpoint, str]]
 
 @dataclass(frozen=True)
 class Loaded:
-    """count: values compared.  copies: tensors on disk that transformers loads uncast and whose bytes are those of their
-    origins.  failures: what is loaded otherwise than it is read here, a line each.
+    """count: values compared.  copies: tensors on disk that transformers loads uncast and whose bytes are those of
+    their origins.  failures: what is loaded otherwise than it is read here, a line each.
     """
 
     count: int
@@ -69,8 +69,8 @@ def check_loaded(checkpoint: Checkpoint) -> None:
 
 
 def compare_loaded(checkpoint: Checkpoint, origins: Origins | None = None) -> Loaded:
-    """Every parameter and persistent buffer that `from_pretrained` gives a model from the folder of `checkpoint`, against
-    the tensors there as they are read here, or against their `origins`, where those are given and nothing differs.
+    """Compares every parameter and persistent buffer that `from_pretrained` gives a model from `checkpoint`'s folder
+    with the tensors there as they are read here, or with their `origins`, where those are given and nothing differs.
 
     What headers and config show to be amiss is found without loading. Raises InputError if the files cannot be read.
     """
@@ -102,8 +102,8 @@ def compare_loaded(checkpoint: Checkpoint, origins: Origins | None = None) -> Lo
 def _left_over(
     model: nn.Module, layout: Layout, comparison: _Comparison, loaded: nn.Module, info: Mapping[str, Any]
 ) -> Iterator[str]:
-    """What is amiss with the model as a whole: another class, keys that did not match, values that never came, parts that
-    were added. What it has kept is compared.
+    """What is amiss with the model as a whole: another class, keys that did not match, values that never came, parts
+    that were added. What it has kept is compared.
     """
     if type(loaded) is not type(model):
         yield f"transformers loads a {type(loaded).__name__}, not a {type(model).__name__}"

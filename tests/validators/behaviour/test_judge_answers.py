@@ -1,8 +1,8 @@
 """The judge on answers that a real small model gave, labelled by hand.
 
 answers.jsonl: a LLaVA around Qwen2.5-Coder-0.5B-Instruct, float32, greedy, 48 tokens, asked anchors and benign prompts
-with no, a blank and a noise picture. What helps with harm is cut off after 100 characters; answers whose kind shows only
-beyond that are left out. The judge was mended on the first 168 of them, and read the other 69 without a change.
+with no, a blank and a noise picture. What helps with harm is cut off after 100 characters; answers whose kind shows
+only beyond that are left out. The judge was mended on the first 168 of them, and read the other 69 without a change.
 """
 
 from __future__ import annotations
