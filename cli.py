@@ -17,6 +17,7 @@ import typer
 from ._version import __version__
 from .guard.base.errors import InputError, Refused
 from .guard.base.untrusted import printable
+from .guard.model.complaints import own_words
 from .options import (
     MODEL_HELP,
     QA,
@@ -538,6 +539,8 @@ def main() -> None:
     except OSError as error:
         where = f"{error.filename}: " if error.filename is not None else ""
         status, message, cause = 2, f"error: {_one_line(f'{where}{error.strerror or error}')}", error
+    except ImportError as error:
+        status, message, cause = 2, f"error: a library cannot be imported: {_one_line(own_words(error))}", error
     except Exception as error:
         cause = error
         if hasattr(error, "format_message"):  # what the parser says of a command it cannot take

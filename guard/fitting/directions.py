@@ -75,10 +75,12 @@ def cross_fitted_auc(text: tuple[Tensor, Tensor], seen: tuple[Tensor, Tensor]) -
     return sum(scores) / 2
 
 
-def extract(vlm: VLM, anchors: Anchors, layers: Sequence[int], rank: int = 1) -> Directions:
+def extract(vlm: VLM, anchors: Anchors, layers: Sequence[int], rank: int = 1, *, every: bool = False) -> Directions:
     """The safety steering directions of `layers` from `anchors`, text only; AUC under every kind of ANCHOR_KINDS too.
 
-    Raises InputError if rank exceeds the number of anchors or there are fewer than 4, or states are not finite.
+    every: whether `layers` are simply all there are. One whose last position sees no word of the question yet, as below
+    a hybrid's first attention, then takes the directions of the next that does.  Raises InputError if rank exceeds the
+    number of anchors or there are fewer than 4, if states are not finite, or if they do not differ.
     """
     if len(anchors) < 4:
         raise InputError(f"{len(anchors)} anchor pairs are too few: at least 4")
@@ -90,10 +92,15 @@ def extract(vlm: VLM, anchors: Anchors, layers: Sequence[int], rank: int = 1) ->
         states = prompt_states(vlm, queries, layers, f"states, {kind}", kind)
         halves = {layer: each.split(len(anchors)) for layer, each in states.items()}
         seen[kind] = {layer: (harmful, harmless) for layer, (harmful, harmless) in halves.items()}
-    for layer, (harmful, harmless) in seen[TEXT].items():
-        if torch.equal(harmful, harmless):
-            raise InputError(f"the anchors' harmful and harmless halves do not differ in the states of layer {layer}")
-    fitted = {layer: steering_basis(harmful - harmless, rank) for layer, (harmful, harmless) in seen[TEXT].items()}
+    differ = {layer: harmful - harmless for layer, (harmful, harmless) in seen[TEXT].items()}
+    blind = [layer for layer, difference in differ.items() if not difference.any()]
+    if blind and (len(blind) == len(differ) or not every):
+        raise InputError(
+            f"the anchors' harmful and harmless halves do not differ in the states of layer {blind[0]}; give anchors "
+            "that do, or, of layers that see only a few words, leave it out of --layers"
+        )
+    sees = {layer: min(differ.keys() - blind, key=lambda each: (each < layer, abs(each - layer))) for layer in differ}
+    fitted = {layer: steering_basis(differ[sees[layer]], rank) for layer in differ}
     return Directions(
         bases={layer: basis for layer, (basis, _) in fitted.items()},
         singular_values={layer: values.tolist() for layer, (_, values) in fitted.items()},

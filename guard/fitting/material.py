@@ -62,7 +62,7 @@ class Material:
     @cached_property
     def directions(self) -> Directions:
         """The steering directions of every layer, from the fit part."""
-        return extract(self.vlm, self.parts["fit"].anchors, range(self.depth), self.settings.rank)
+        return extract(self.vlm, self.parts["fit"].anchors, range(self.depth), self.settings.rank, every=True)
 
     @cached_property
     def tried(self) -> list[int]:

@@ -32,6 +32,9 @@ KEPT_ENTRIES = 2**16
 """A module's own parameters up to this many are read once and kept: gains, biases, and vectors such as image_newline,
 which some classes use outside the module's forward."""
 
+KEPT_ROWS_ENTRIES = 2**22
+"""So is an embedding up to this: GLM-4V's classes read their table of positions without calling it."""
+
 
 class _Weights:
     """The tensors of a checkpoint by their names in memory, in `dtype`, read by rows, edited on the way."""
@@ -152,9 +155,9 @@ def streamed(
             own = dict(module.named_parameters(recurse=False))
             if type(module) is nn.Linear:
                 module.forward = partial(_linear, weights, name, module)  # type: ignore[method-assign]
-            elif type(module) is nn.Embedding:
+            elif type(module) is nn.Embedding and module.weight.numel() > KEPT_ROWS_ENTRIES:
                 module.forward = partial(_embedding, weights, name, module)  # type: ignore[method-assign]
-            elif sum(parameter.numel() for parameter in own.values()) <= KEPT_ENTRIES:
+            elif type(module) is nn.Embedding or sum(each.numel() for each in own.values()) <= KEPT_ENTRIES:
                 _lend(weights, name, list(own), module, None)
             else:
                 module.register_forward_pre_hook(partial(_lend, weights, name, list(own)))
