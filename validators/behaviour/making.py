@@ -95,7 +95,7 @@ def check_scope(preset: Preset, scope: Scope) -> None:
         return
     if scope == "shared":
         raise InputError("--scope shared: a shared projection would erase what a gate writes; use --guard projection")
-    having = [each.name for each in presets().values() if scope in each.scopes]
+    having = sorted(each.name for each in presets().values() if scope in each.scopes)
     raise InputError(f"--scope {scope}: has no {preset.name}; use --guard {' or '.join(having)}")
 
 
