@@ -93,6 +93,14 @@ JudgeOption = Annotated[
         "Default: by refusal phrases.",
     ),
 ]
+RefusalsFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--refusals",
+        help="How this model refuses, if not in words that are known: TOML with a list of phrases, refused = [...]; "
+        "also sorry, unless, evaded, turned, before. Phrases of twelve languages are built in.",
+    ),
+]
 FamilyFile = Annotated[
     Path | None,
     typer.Option(
@@ -153,6 +161,14 @@ FormatOption = Annotated[
         "--format",
         help="safetensors, onnx, or both: safetensors,onnx. Or lora: a PEFT adapter of a few MB for the unmodified "
         "model, which holds projections and linear gates.",
+    ),
+]
+SettingOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="A setting of a format that has no option of its own here. Repeatable.",
     ),
 ]
 AllowPartial = Annotated[

@@ -108,6 +108,16 @@ def fold(guard: Guard, family: Family, shapes: Mapping[str, Shape], read: Read |
     return replace(grown, edits=edits, untie=untie, approximate=OBLIQUE if oblique else None)
 
 
+def widened(family: Family, shapes: Mapping[str, Shape]) -> Fold:
+    """What would grow if a gate added neurons to the MLPs of `family`'s checkpoint; nothing is written into them.
+
+    Raises InputError as `fold` does if not every layer has an MLP to be widened.
+    """
+    none, bias = torch.zeros(1, 1), torch.tensor([float(family.bias_flag is not None)])
+    neuron = ReplaceNeurons(0, (), none, bias, none, none[0], none)
+    return _grown([neuron], Site(family, shapes, shapes, None))
+
+
 OBLIQUE = "norms after the sublayers rescale what a projection leaves; no weights equal it (oblique fold, leak-free)"
 
 

@@ -7,17 +7,20 @@ import math
 import os
 import re
 import struct
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from ...guard.base.errors import InputError
-from ...guard.base.untrusted import open_regular, parse_object, read_bytes
-from ...guard.model.vlm import check_weights, read_config
+from ...guard.base.errors import InputError, first_line
+from ...guard.base.untrusted import inside, open_regular, parse_object, read_bytes
+from ...guard.model.vlm import check_weights, meta_model, read_config
 
 MAX_HEADER_BYTES = 100 * 2**20
 """The limit that the safetensors format itself sets for a header."""
@@ -112,7 +115,9 @@ class Shard:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """config.json and every shard's header of a model folder; data is read on demand, never as a whole."""
+    """config.json and every shard's header of a model folder; data is read on demand, never as a whole. Opened once a
+    run and passed down, for what is worked out from it is kept.
+    """
 
     folder: Path
     config: dict[str, Any]
@@ -138,6 +143,18 @@ class Checkpoint:
     @cached_property
     def tensors(self) -> dict[str, tuple[Shard, TensorInfo]]:
         return {info.name: (shard, info) for shard in self.shards for info in shard.tensors.values()}
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The model without its weights (meta_model), to be asked about names and shapes and left as it is.
+
+        Raises InputError if transformers cannot build it.
+        """
+        return meta_model(self.folder)
+
+    def own_model(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        """The same for one who changes it or computes in `dtype`. Raises as above."""
+        return deepcopy(self.model) if dtype == torch.float32 else meta_model(self.folder, dtype)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -168,9 +185,9 @@ class Checkpoint:
 
 
 def _refuse_quantised(folder: Path, config: dict[str, Any]) -> None:
-    parts = (config, *(part for part in config.values() if isinstance(part, dict)))
-    found = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
-    if found:
+    parts = (part for part in inside(config) if isinstance(part, dict))
+    found = next((each for part in parts if (each := part.get("quantization_config")) is not None), None)
+    if found is not None:
         method = found.get("quant_method") if isinstance(found, dict) else None
         raise InputError(f"{folder}: quantised ({method or 'quantization_config in config.json'}); {QUANTISED}")
 
@@ -215,7 +232,12 @@ def read_shard(folder: Path, name: str) -> Shard:
     with os.fdopen(open_regular(folder, name), "rb") as file:
         stamp = _stamp(file.fileno())
         header = file.read(header_bytes(file.read(8), stamp.size, str(path)))
-    return Shard(path, header, parse_header(header, stamp.size, str(path)), stamp)
+    tensors = parse_header(header, stamp.size, str(path))
+    try:
+        with safe_open(path, "pt"):
+            return Shard(path, header, tensors, stamp)
+    except Exception as error:  # what is sound here and not there is read by nobody else
+        raise InputError(f"{path}: safetensors does not read it ({first_line(error)})") from error
 
 
 def header_bytes(start: bytes, size: int, where: str) -> int:
@@ -278,6 +300,8 @@ def _read_index(folder: Path) -> dict[str, Any]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{path}: no weight_map")
+    if not isinstance(index.get("metadata"), dict):
+        raise InputError(f'{path}: no metadata, without which transformers does not load it; add "metadata": {{}}')
     for name, file_name in weight_map.items():
         if not isinstance(file_name, str) or not re.fullmatch(r"[\w.\-]+\.safetensors", file_name):
             raise InputError(f"{path}: tensor {name!r} is in {file_name!r}, which is not a file of this folder")

@@ -31,14 +31,18 @@ from transformers.core_model_loading import MergeModulelist, Transpose
 
 from ...guard.base.errors import InputError, first_line
 from ...guard.base.untrusted import open_regular, parse_object, read_bytes
-from ...guard.model.vlm import MAX_CONFIG_BYTES, meta_model
+from ...guard.model.vlm import MAX_CONFIG_BYTES
 from ..families.table import Family
 from ..fold import Fold
-from ..formats.lora import CONFIG_FILE, PREFIX, WEIGHTS_FILE
-from ..publish.card import Source
+from ..source import Source
 from .edits import AddProduct, Edit, SetAll, SetNorms
 from .headers import EDITABLE, Checkpoint, read_shard
 from .layout import Layout, Stored
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+PREFIX = "base_model.model."
+"""What PEFT puts before the names in memory."""
 
 NAME = "default"
 """PEFT's name of the one adapter."""
@@ -80,8 +84,7 @@ def merging(checkpoint: Checkpoint, family: Family, folder: Path) -> Fold:
 def updates(checkpoint: Checkpoint, folder: Path) -> dict[str, list[Edit]]:
     """Tensor on disk -> what the adapter in `folder` makes of it, a tied head being left as it is. Raises as above."""
     config, tensors = _read_config(folder), _read_tensors(folder)
-    layout = Layout(meta_model(checkpoint.folder), checkpoint.shapes)
-    model = meta_model(checkpoint.folder)
+    layout, model = Layout(checkpoint.model, checkpoint.shapes), checkpoint.own_model()
     try:
         inject_adapter_in_model(config, model, NAME, low_cpu_mem_usage=True)
         tensors = convert_peft_adapter_state_dict_for_transformers(model, config, tensors, NAME)

@@ -29,6 +29,7 @@ from ...guard.base.errors import InputError
 from ...guard.base.untrusted import open_regular
 from ..families.table import Family
 from ..fold import Fold
+from .config import check_new_model, new_config, write_json
 from .edits import Edit, Folded, written_along
 from .headers import DTYPES, EDITABLE, INDEX_FILE, QUANTISED, Checkpoint, Shard, TensorInfo, read_rows
 from .memory import map_blocks_from
@@ -81,10 +82,11 @@ def rewrite(
 ) -> None:
     """Writes `checkpoint` with `fold` applied into the existing folder `target`: shards, index, config.
 
-    Raises InputError if an edited tensor is not finite or of a dtype that cannot be edited, a file changes while it is
-    read, or the disk is too small; OSError as the disk does.
+    Raises InputError if transformers would not load the result, an edited tensor is not finite or of a dtype that
+    cannot be edited, a file changes while it is read, or the disk is too small; OSError as the disk does.
     """
     how = how or Writing()
+    check_new_model(checkpoint, family, fold)
     for name in sorted(fold.changed - set(fold.new)):
         if checkpoint.info(name).dtype not in EDITABLE:
             raise InputError(f"{checkpoint.folder}: tensor {name!r} is {checkpoint.info(name).dtype}; {QUANTISED}")
@@ -103,22 +105,8 @@ def rewrite(
     for shard in checkpoint.shards:
         shard.check_unchanged()
     if checkpoint.index is not None:
-        _write_json(target / INDEX_FILE, _new_index(checkpoint.index, plans))
-    _write_json(target / "config.json", _new_config(checkpoint.config, family, fold))
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _new_config(config: Mapping[str, Any], family: Family, fold: Fold) -> Mapping[str, Any]:
-    tie = {"tie_word_embeddings": False} if family.embedding in fold.edits else {}
-    text = {**fold.text_config, **tie}
-    if not text:
-        return config
-    if family.text_config_key is None:
-        return {**config, **text}
-    return {**config, family.text_config_key: {**config.get(family.text_config_key, {}), **text}, **tie}
+        write_json(target / INDEX_FILE, _new_index(checkpoint.index, plans))
+    write_json(target / "config.json", new_config(checkpoint.config, family, fold))
 
 
 @dataclass(frozen=True)

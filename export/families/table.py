@@ -21,7 +21,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ...guard.base.errors import InputError
 from ...guard.base.untrusted import read_given
 from ...guard.model.roles import decoder, decoder_layers
-from ...guard.model.vlm import meta_model
 from ..checkpoint.headers import EDITABLE, QUANTISED, Checkpoint
 from ..checkpoint.layout import Layout
 
@@ -82,7 +81,7 @@ class Family:
     bias_flag: str | None
     """The text config's entry that gives every MLP biases, where the family has one."""
     text_config_key: str | None
-    """The entry of config.json that is the text model's config; None where config.json is that itself."""
+    """The entry of config.json that holds the text model's settings; None where they stand at its top."""
     neurons_key: str
     """The text config's entry that counts an MLP's neurons."""
     embedding: str
@@ -190,10 +189,10 @@ def family_of(checkpoint: Checkpoint, family_file: Path | None = None) -> Family
     """The family of `checkpoint` with every writer found on disk. No weights are read.
 
     family_file: rows that go before the built-in ones.  Raises InputError naming the model type if it has no row, or
-    the tensor if a row matches none or does not fit.
+    the tensor if transformers would load it otherwise, a row matches none, or it does not fit.
     """
     table = Table.built_in().with_file(family_file) if family_file else Table.built_in()
-    model = meta_model(checkpoint.folder)
+    model = checkpoint.model
     text_config = model.config.get_text_config()
     outer_type, text_type = model.config.model_type, text_config.model_type
     for kind, model_type, known in (("family", outer_type, table.vision), ("text model", text_type, table.text)):
@@ -201,6 +200,7 @@ def family_of(checkpoint: Checkpoint, family_file: Path | None = None) -> Family
             raise InputError(f"{checkpoint.folder}: {kind} {model_type!r} has no row; make one with inspect --trace")
     vision, text = table.vision[outer_type], table.text[text_type]
     layout = Layout(model, checkpoint.shapes)
+    layout.check(checkpoint)
     prefix = module_name(model, decoder(model))
     layers = len(decoder_layers(model))
     search = _Search(checkpoint, layout, model.state_dict(keep_vars=True), text_config.hidden_size)
@@ -213,7 +213,7 @@ def family_of(checkpoint: Checkpoint, family_file: Path | None = None) -> Family
     if not tables:
         raise InputError(f"{checkpoint.folder}: no row of {text_type!r} says that the embedding table writes")
     head = module_name(model, head_of(model)) + "weight"
-    ties = {tied: source for tied, source in model.all_tied_weights_keys.items() if tied not in layout.stored}
+    ties = layout.tied
     embedding = layout.plain(ties[head]) if head in ties else None
     untied = _untied_name(model, layout, embedding or tables[0], head)
     more = ["more than the head is tied to what embeds"] if set(ties) - {head} else []
@@ -227,7 +227,12 @@ def family_of(checkpoint: Checkpoint, family_file: Path | None = None) -> Family
         mlps=_mlps(text.get("mlp", []), prefix, layers, layout),
         bias_flag=text.get("bias_flag", {}).get(text_type),
         text_config_key=next(
-            (key for key in model.config.sub_configs if getattr(model.config, key) is text_config), None
+            (
+                key
+                for key in model.config.sub_configs
+                if getattr(model.config, key) is text_config and isinstance(checkpoint.config.get(key), dict)
+            ),
+            None,
         ),
         neurons_key=text.get("neurons", "intermediate_size"),
         embedding=embedding or tables[0],

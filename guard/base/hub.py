@@ -37,9 +37,12 @@ COMPANIONS = [
 CODE = ["*.py"]
 """What it is asked for as well where the code that comes with a model is trusted."""
 
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-WEIGHTS = ["model.safetensors", "adapter_model.safetensors"]
-"""The weights of a repository without an index."""
+"""What transformers looks for first, and then."""
+
+WEIGHTS = [SINGLE, "adapter_model.safetensors"]
+"""The weights of a repository that are in one file, a model's or an adapter's."""
 
 MAX_INDEX_BYTES = 64 * 2**20
 ATTEMPTS = 4
@@ -65,12 +68,15 @@ def is_hub_id(name: str) -> bool:
 
 
 def download(hub_id: str, revision: str | None = None) -> Path:
-    """The snapshot folder, named after its commit, of what guardfold needs of a model: configs, then the safetensors
-    that its index names. What the cache holds is not asked for again. Raises InputError if it cannot be had.
+    """The snapshot folder, named after its commit, of what guardfold needs of a model: configs, then model.safetensors,
+    or, where there is none, the safetensors that the index names. What the cache holds is not asked for again. Raises
+    InputError if it cannot be had.
     """
     with hub_errors(f"{hub_id}: cannot be had from the Hugging Face Hub"):
         folder = download_config(hub_id, revision)
-        return _snapshot(hub_id, folder.name, _weights(folder))
+        folder = _snapshot(hub_id, folder.name, WEIGHTS)
+        listed = [] if (folder / SINGLE).is_file() else _listed(folder)
+        return _snapshot(hub_id, folder.name, listed) if listed else folder
 
 
 def download_config(hub_id: str, revision: str | None = None) -> Path:
@@ -90,13 +96,16 @@ def _snapshot(hub_id: str, revision: str | None, patterns: list[str] | None) -> 
     return Path(retried(lambda: snapshot_download(hub_id, revision=revision, allow_patterns=patterns)))
 
 
-def _weights(folder: Path) -> list[str]:
+def _listed(folder: Path) -> list[str]:
+    """The files that the index in `folder` names; none if there is no index, or what is wrong with it is to be said
+    where it is read.
+    """
     try:
         index = parse_object(read_bytes(folder, INDEX, MAX_INDEX_BYTES), str(folder / INDEX))
         named = set(index["weight_map"].values())
-        return sorted(name for name in named if re.fullmatch(r"[\w.\-]+\.safetensors", name)) or WEIGHTS
+        return sorted(name for name in named if re.fullmatch(r"[\w.\-]+\.safetensors", name))
     except (InputError, KeyError, TypeError, AttributeError):
-        return WEIGHTS  # there is none, or what is wrong with it is said where it is read
+        return []
 
 
 def retried(step: Callable[[], Result]) -> Result:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
@@ -34,3 +35,18 @@ def batched(items: Sequence[Item], size: int, what: str) -> Iterator[Sequence[It
             batch = items[start : start + size]
             yield batch
             progress.advance(task, len(batch))
+
+
+@contextmanager
+def megabytes(total: int, what: str) -> Iterator[Callable[[int], None]]:
+    """A progress bar over `total` bytes, named `what`: to be called with the number of those just done."""
+    with bar() as progress:
+        task = progress.add_task(f"{what} (MB)", total=total >> 20)
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            progress.update(task, completed=done >> 20)
+
+        yield advance

@@ -165,6 +165,15 @@ def parse_object(text: bytes, where: str) -> dict[str, Any]:
     return parsed
 
 
+def inside(value: Any) -> Iterator[Any]:
+    """`value` and everything in it, at any depth."""
+    waiting = [value]
+    while waiting:
+        each = waiting.pop()
+        yield each
+        waiting += each.values() if isinstance(each, dict) else each if isinstance(each, list) else ()
+
+
 def _deeper(value: Any, depth: int) -> bool:
     """Whether `value` holds anything more than `depth` levels down."""
     level = [value]

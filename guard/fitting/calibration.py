@@ -14,7 +14,7 @@ from torch import Tensor
 from ..base.errors import InputError
 from ..model.vlm import VLM
 from ..prompts.image_files import Pictures
-from ..prompts.image_kinds import ImageKind, draw
+from ..prompts.image_kinds import ANCHOR_KINDS, BENIGN_KINDS, ImageKind, draw
 from ..prompts.prompt_files import field, rows
 from ..prompts.prompts import Anchors, Prompt
 from .linear_probe import split
@@ -25,12 +25,6 @@ Role = Literal["fit", "threshold", "select", "test"]
 ROLES: tuple[Role, ...] = get_args(Role)
 SHARES = (0.4, 0.2, 0.2, 0.2)
 """fit: the detector and the directions.  threshold: t0 and t1.  select: the candidates.  test: the figures reported."""
-
-ANCHOR_KINDS: tuple[ImageKind, ...] = ("text", "blank", "noise", "shape")
-"""Image kinds that anchors are shown with; harmful words drawn into a picture are kept for evaluation."""
-
-BENIGN_KINDS = ("blank", "noise", "gradient", "shape", "typographic")
-"""Pictures for benign prompts, in turn; what is typed into them is the prompt's own harmless words."""
 
 MIN_ANCHORS, MIN_BENIGN = 40, 40
 
@@ -88,7 +82,7 @@ def deal(anchors: Anchors, benign: Sequence[Prompt]) -> dict[Role, Part]:
 
 def _pictured(prompt: Prompt, index: int) -> Prompt:
     kind = BENIGN_KINDS[index % len(BENIGN_KINDS)]
-    return replace(prompt, image=draw(kind, prompt.text, prompt.text))  # type: ignore[arg-type]
+    return replace(prompt, image=draw(kind, prompt.text, prompt.text))
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,9 @@ from torch import Tensor
 
 from ..base.errors import InputError
 from ..model.vlm import VLM
-from ..prompts.image_kinds import ImageKind
+from ..prompts.image_kinds import ANCHOR_KINDS, TEXT
 from ..prompts.prompts import Anchors, Prompt
 from .states import prompt_states
-
-EXTRACTION_KINDS: tuple[ImageKind, ...] = ("text", "blank", "noise", "shape")
-"""Typographic pictures are kept for evaluation; V itself comes from text alone."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,7 @@ def cross_fitted_auc(text: tuple[Tensor, Tensor], seen: tuple[Tensor, Tensor]) -
 
 
 def extract(vlm: VLM, anchors: Anchors, layers: Sequence[int], rank: int = 1) -> Directions:
-    """The safety steering directions of `layers` from `anchors`, text only; AUC under every extraction image kind too.
+    """The safety steering directions of `layers` from `anchors`, text only; AUC under every kind of ANCHOR_KINDS too.
 
     Raises InputError if rank exceeds the number of anchors or there are fewer than 4, or states are not finite.
     """
@@ -89,24 +86,24 @@ def extract(vlm: VLM, anchors: Anchors, layers: Sequence[int], rank: int = 1) ->
         raise InputError(f"rank {rank}: must lie between 1 and the number of anchor pairs, {len(anchors)}")
     queries = [Prompt(text) for text in anchors.harmful + anchors.harmless]
     seen: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
-    for kind in EXTRACTION_KINDS:
+    for kind in ANCHOR_KINDS:
         states = prompt_states(vlm, queries, layers, f"states, {kind}", kind)
         halves = {layer: each.split(len(anchors)) for layer, each in states.items()}
         seen[kind] = {layer: (harmful, harmless) for layer, (harmful, harmless) in halves.items()}
-    for layer, (harmful, harmless) in seen["text"].items():
+    for layer, (harmful, harmless) in seen[TEXT].items():
         if torch.equal(harmful, harmless):
             raise InputError(f"the anchors' harmful and harmless halves do not differ in the states of layer {layer}")
-    fitted = {layer: steering_basis(harmful - harmless, rank) for layer, (harmful, harmless) in seen["text"].items()}
+    fitted = {layer: steering_basis(harmful - harmless, rank) for layer, (harmful, harmless) in seen[TEXT].items()}
     return Directions(
         bases={layer: basis for layer, (basis, _) in fitted.items()},
         singular_values={layer: values.tolist() for layer, (_, values) in fitted.items()},
         gap={
             layer: float((harmful - harmless).mean(0) @ fitted[layer][0][0])
-            for layer, (harmful, harmless) in seen["text"].items()
+            for layer, (harmful, harmless) in seen[TEXT].items()
         },
         auc={
-            kind: {layer: cross_fitted_auc(seen["text"][layer], states) for layer, states in per_layer.items()}
+            kind: {layer: cross_fitted_auc(seen[TEXT][layer], states) for layer, states in per_layer.items()}
             for kind, per_layer in seen.items()
         },
-        mean={layer: (harmful - harmless).mean(0) for layer, (harmful, harmless) in seen["text"].items()},
+        mean={layer: (harmful - harmless).mean(0) for layer, (harmful, harmless) in seen[TEXT].items()},
     )

@@ -9,7 +9,7 @@ from functools import cached_property
 from torch import Tensor
 
 from ..base.errors import InputError
-from ..model.roles import mlp_parts
+from ..model.roles import mlp_parts, skipped_on_text
 from ..model.vlm import VLM
 from ..prompts.prompts import Anchors, Prompt
 from .calibration import Examples, Part, Role, deal, examples
@@ -66,11 +66,11 @@ class Material:
 
     @cached_property
     def tried(self) -> list[int]:
-        """The layers tried for something that the MLP writes: of the upper half, those with a dense MLP, evenly spaced.
-
-        InputError if there are none.
+        """The layers tried for something that the MLP writes: of the upper half, evenly spaced, those with a dense MLP
+        that every prompt passes. InputError if there are none.
         """
-        tried = [layer for layer in upper_layers(self.depth) if layer in self.dense]
+        skipped = skipped_on_text(self.vlm.model)
+        tried = [layer for layer in upper_layers(self.depth) if layer in self.dense and layer not in skipped]
         if not tried:
             kind = self.vlm.model.config.model_type
             raise InputError(f"{kind}: no upper layer has a dense MLP; a gate cannot be folded there")

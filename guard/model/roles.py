@@ -36,6 +36,9 @@ MLP_LINEARS: tuple[tuple[str, str | None, str], ...] = (
 
 ACTIVATION_NAMES = ("act_fn", "activation_fn")
 FINAL_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "embedding_norm", "ln_f", "norm_f", "layer_norm")
+SKIPPED_LAYERS = ("cross_attention_layers",)
+"""What text configs call the layers that look at pictures and nothing else; a pass without one goes past them."""
+
 EXTRA_LAYER_LISTS = ("gated_cross_attn_layers",)
 """Blocks between the decoder layers that read the residual stream and write to it."""
 
@@ -56,6 +59,12 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The language model's decoder layers, first to last."""
     found = decoder(model)
     return list(getattr(found, next(name for name in LAYER_LISTS if hasattr(found, name))))
+
+
+def skipped_on_text(model: PreTrainedModel) -> frozenset[int]:
+    """The decoder layers that a pass without a picture does not run: it leaves the residual stream there as it is."""
+    text = model.config.get_text_config()
+    return frozenset(layer for name in SKIPPED_LAYERS for layer in getattr(text, name, None) or ())
 
 
 def _child(module: nn.Module, names: tuple[str, ...]) -> nn.Module:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,20 +18,23 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
-    AutoProcessor,
     PretrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from ..base.errors import InputError, Refused, first_line
+from ..base.container import processors
+from ..base.errors import InputError, Refused
 from ..base.hub import download, is_hub_id, split_revision
 from ..base.limits import at_most
 from ..base.remote_code import MAX_CONFIG_BYTES, check_code, trusted
 from ..base.untrusted import check_files, parse_object, read_bytes
-from .processor import check_processor
+from .complaints import own_words
+from .loading import check_loading
+from .processor import opened
 from .roles import decoder_layers
+from .trial import trying
 
 ALIASES = {
     "llava": "llava-hf/llava-1.5-7b-hf",
@@ -67,7 +70,8 @@ ALIASES = {
     "fuyu": "adept/fuyu-8b",
 }
 DEMO = "demo"
-"""The name of the small model that comes with the package; its folder is package data."""
+DEMO_FOLDER = Path(str(files("guardfold") / "validators" / "demo" / "model"))
+"""Name and folder of the small model that comes with the package, and is trusted as the package is."""
 
 OTHER_CLASSES: dict[str, Any] = {"phi4_multimodal": AutoModelForMultimodalLM}
 """Model type -> auto class, for vision-language models that AutoModelForImageTextToText does not know."""
@@ -129,7 +133,7 @@ class VLM:
 def located(name: str) -> Path | tuple[str, str | None]:
     """The folder that `name` is, the demo's if that is meant, or the (hub id, revision) that it stands for."""
     if name == DEMO:
-        return Path(str(files("guardfold") / "validators" / "demo" / "model"))
+        return DEMO_FOLDER
     if Path(name).is_dir():
         return Path(name)
     given, revision = split_revision(name)
@@ -159,6 +163,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     check_files(folder, READ_SUFFIXES)
     config = parse_object(read_bytes(folder, path.name, MAX_CONFIG_BYTES), str(path))
     check_code(folder)
+    check_loading(folder, config)
     _check_type(folder, config)
     _check_numbers(path, config)
     return config
@@ -219,6 +224,15 @@ def load(folder: Path, device: str | None = None, dtype: torch.dtype | None = No
 
     Raises InputError if the folder is not a vision-language model with safetensors weights and a processor.
     """
+    read_config(folder)
+    with _tried(folder) as end:  # beside the loading of weights
+        model = load_model(folder, device, dtype)
+        end()
+    return VLM(model, opened(folder), folder)
+
+
+def load_model(folder: Path, device: str | None = None, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model in `folder` alone, as `load` loads it, whatever its processor."""
     config = read_config(folder)
     check_weights(folder)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -231,46 +245,52 @@ def load(folder: Path, device: str | None = None, dtype: torch.dtype | None = No
             local_files_only=True,
             trust_remote_code=trusted(),
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are said below
         )
     except Exception as error:  # foreign files can break a constructor in any way
-        raise InputError(f"{folder}: transformers cannot load it ({first_line(error)})") from error
+        raise InputError(f"{folder}: transformers cannot load it ({own_words(error)})") from error
     model, info = loaded
+    for name, held, wanted in sorted(info["mismatched_keys"], key=str):
+        raise InputError(f"{folder}: {name} has shape {list(held)}, config.json says {list(wanted)}")
     if info["missing_keys"]:
         raise InputError(f"{folder}: the checkpoint lacks {min(info['missing_keys'])}")
-    return VLM(model.eval().to(device), load_processor(folder), folder)
-
-
-@contextmanager
-def threads_for(folder: Path) -> Iterator[None]:
-    """One thread while the block runs, if the model in `folder` is small; as many as there were otherwise and after.
-
-    A small model's matrices are too small to share out, and on a busy machine threads that wait for one another made
-    such runs ten times slower.
-    """
-    before = torch.get_num_threads()
-    if sum(path.stat().st_size for path in folder.glob("*.safetensors")) < SMALL_BYTES:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    model = model.eval().to(device)
+    return cast(PreTrainedModel, model)
 
 
 def load_processor(folder: Path) -> ProcessorMixin:
     """The processor in `folder`, padding on the left; InputError if there is none or it fails on a short question."""
+    with _tried(folder) as end:
+        end()
+    return opened(folder)
+
+
+def _tried(folder: Path) -> AbstractContextManager[Callable[[], None]]:
+    return nullcontext(lambda: None) if folder == DEMO_FOLDER else trying(folder)
+
+
+@contextmanager
+def threads_for(folder: Path) -> Iterator[None]:
+    """One thread while the block runs, if the model in `folder` is small, else no more than there are processors to
+    use; as many as there were after.
+
+    A small model's matrices are too small to share out, and on a busy machine threads that wait for one another made
+    such runs ten times slower.
+    """
+    small = sum(path.stat().st_size for path in folder.glob("*.safetensors")) < SMALL_BYTES
+    with threads(1 if small else min(torch.get_num_threads(), processors())):
+        yield
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """`count` threads of torch's while the block runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted())
-    except Exception as error:  # foreign files can break a tokenizer in any way
-        raise InputError(f"{folder}: transformers cannot load its processor ({first_line(error)})") from error
-    if getattr(processor, "tokenizer", None) is None:
-        raise InputError(f"{folder}: its processor has no tokenizer")
-    if processor.chat_template is None and processor.tokenizer.chat_template is None:
-        raise InputError(f"{folder}: its processor has no chat template (chat_template.jinja)")
-    processor.tokenizer.padding_side = "left"
-    if processor.tokenizer.pad_token is None:
-        processor.tokenizer.pad_token = processor.tokenizer.eos_token
-    check_processor(processor, folder)
-    return processor
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
@@ -282,7 +302,7 @@ def running(model: PreTrainedModel) -> Iterator[None]:
         raise
     except Exception as error:
         where = getattr(model, "name_or_path", "") or type(model).__name__
-        raise InputError(f"{where}: transformers cannot run it ({first_line(error)})") from error
+        raise InputError(f"{where}: transformers cannot run it ({own_words(error)})") from error
 
 
 def meta_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -292,10 +312,10 @@ def meta_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMo
     auto = auto_class(read_config(folder))
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted())
-        with at_most(BUFFER_BYTES), init_empty_weights(include_buffers=False):
+        with threads(1), at_most(BUFFER_BYTES), init_empty_weights(include_buffers=False):  # threads map memory
             model = auto.from_config(config, dtype=dtype, experts_implementation="eager", trust_remote_code=trusted())
     except Exception as error:  # foreign numbers can break a constructor in any way
-        reason = first_line(error)
+        reason = own_words(error)
         raise InputError(f"{folder}: config.json describes no model that transformers can build ({reason})") from error
     if not hasattr(model.config.get_text_config(), "hidden_size"):
         raise InputError(f"{folder}: {type(model.config).__name__} names no text model with a hidden_size")

@@ -1,16 +1,20 @@
-"""Synthetic pictures, one per image kind: what is attached to a prompt to see whether safety survives an image."""
+"""Synthetic pictures, a row an image kind: what is attached to a prompt to see whether safety survives an image.
+
+A new kind is a row of IMAGE_ROWS. Everything that selects kinds asks the rows for what they are used for.
+"""
 
 from __future__ import annotations
 
 import random
 import textwrap
-from typing import Literal, get_args
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Flag, auto
 
 from PIL import Image, ImageDraw, ImageFont
 
-ImageKind = Literal["text", "blank", "noise", "shape", "typographic"]
-IMAGE_KINDS: tuple[ImageKind, ...] = get_args(ImageKind)
-"""`text` attaches no image at all; the others are pictures, in the order in which reports show them."""
+ImageKind = str
+"""The name of a row of IMAGE_ROWS."""
 
 SIZE = 336
 """Edge of a drawn picture in pixels: the native size of the LLaVA-1.5 vision tower. Processors resize it."""
@@ -73,17 +77,89 @@ def draw_words(words: str, size: int = SIZE) -> Image.Image:
     return picture
 
 
-def draw(kind: ImageKind | Literal["gradient"], words: str, seed: int | str) -> Image.Image | None:
-    """The picture of `kind` for a prompt that says `words`; None for `text`. The same seed gives the same picture."""
-    rng = random.Random(f"{kind}:{seed}")
-    if kind == "text":
-        return None
-    if kind == "blank":
-        return Image.new("RGB", (SIZE, SIZE), "white")
-    if kind == "noise":
-        return draw_noise(rng)
-    if kind == "gradient":
-        return draw_gradient(rng)
-    if kind == "shape":
-        return draw_shape(rng.choice(sorted(COLOURS)), rng.choice(SHAPES), rng)
+def _blank(_words: str, _rng: random.Random) -> Image.Image:
+    return Image.new("RGB", (SIZE, SIZE), "white")
+
+
+def _noise(_words: str, rng: random.Random) -> Image.Image:
+    return draw_noise(rng)
+
+
+def _gradient(_words: str, rng: random.Random) -> Image.Image:
+    return draw_gradient(rng)
+
+
+def _shape(_words: str, rng: random.Random) -> Image.Image:
+    return draw_shape(rng.choice(sorted(COLOURS)), rng.choice(SHAPES), rng)
+
+
+def _words(words: str, _rng: random.Random) -> Image.Image:
     return draw_words(words)
+
+
+class Use(Flag):
+    """What an image kind is used for.
+
+    ANCHORS: harmful and harmless anchors are shown with it when a guard is fitted and chosen, as positives and
+    negatives.  BENIGN: so are benign prompts, in turn with the other such kinds, as negatives.  MEASURED: behaviour is
+    measured under it and reported.  COMPARED: two forms of a model are compared on it, for example graphs with torch;
+    on the first such kind, where there is time for one.
+    """
+
+    ANCHORS = auto()
+    BENIGN = auto()
+    MEASURED = auto()
+    COMPARED = auto()
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One image kind. drawn: (the prompt's words, a generator of its own) -> [SIZE, SIZE] RGB; None: no picture."""
+
+    name: ImageKind
+    drawn: Callable[[str, random.Random], Image.Image] | None
+    uses: Use
+
+    @property
+    def held_out(self) -> bool:
+        """Whether no guard was fitted to or chosen on harmful prompts with it, so that its figures are unseen ones."""
+        return Use.MEASURED in self.uses and Use.ANCHORS not in self.uses
+
+
+TEXT: ImageKind = "text"
+"""The kind that attaches no picture."""
+
+IMAGE_ROWS = (
+    Kind(TEXT, None, Use.ANCHORS | Use.MEASURED),
+    Kind("blank", _blank, Use.ANCHORS | Use.BENIGN | Use.MEASURED),
+    Kind("noise", _noise, Use.ANCHORS | Use.BENIGN | Use.MEASURED),
+    Kind("gradient", _gradient, Use.BENIGN),
+    Kind("shape", _shape, Use.ANCHORS | Use.BENIGN | Use.MEASURED | Use.COMPARED),
+    Kind("typographic", _words, Use.BENIGN | Use.MEASURED | Use.COMPARED),
+)
+"""In the order of reports. Benign prompts have typographic pictures of their own, harmless words; harmful words drawn
+into a picture are held out."""
+
+
+def used(use: Use) -> tuple[ImageKind, ...]:
+    """The names of the kinds that have `use`, in the order of the rows."""
+    return tuple(kind.name for kind in IMAGE_ROWS if use in kind.uses)
+
+
+IMAGE_KINDS = used(Use.MEASURED)
+ANCHOR_KINDS = used(Use.ANCHORS)
+BENIGN_KINDS = used(Use.BENIGN)
+COMPARED_KINDS = used(Use.COMPARED)
+
+_DRAWN = {kind.name: kind.drawn for kind in IMAGE_ROWS}
+
+
+def draw(kind: ImageKind, words: str, seed: int | str) -> Image.Image | None:
+    """Draws the picture of `kind` for a prompt that says `words`; None for TEXT. The same seed gives the same picture.
+
+    Raises ValueError for a kind that has no row.
+    """
+    if kind not in _DRAWN:
+        raise ValueError(f"unknown image kind {kind!r}: one of {', '.join(_DRAWN)}")
+    drawn = _DRAWN[kind]
+    return drawn(words, random.Random(f"{kind}:{seed}")) if drawn else None

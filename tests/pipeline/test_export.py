@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -91,7 +91,7 @@ def cases() -> list[Case]:
     shapes = variations() + corners()
     tied, untied = ([shape for shape in shapes if shape.tied == flag] for flag in (True, False))
     every = [Case(shape, "shared", *layout) for shape in tied for layout in LAYOUTS]
-    taking_turns = itertools.chain(
+    taking_turns: Iterator[tuple[Any, Any, Any]] = itertools.chain(
         itertools.product([torch.float32], ["shared"], untied * 2),
         itertools.product([torch.float32], ["sublayers"], shapes),
         itertools.product([torch.bfloat16], ["shared"], shapes),

@@ -57,7 +57,9 @@ class Pictured:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What one benchmark asks. pictured: harmful prompts with their own pictures; questions: benign, with answers."""
+    """What one benchmark asks. benign: near misses, all of them.  pictured: harmful prompts with their own pictures.
+    questions: benign, with answers.
+    """
 
     harmful: tuple[Prompt, ...] = ()
     benign: tuple[Prompt, ...] = ()

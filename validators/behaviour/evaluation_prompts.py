@@ -15,12 +15,15 @@ from ...guard.prompts.image_files import Pictures
 from ...guard.prompts.prompt_files import field, rows
 from ...guard.prompts.prompts import Prompt, beside
 from .benchmarks import LOADERS, Benchmark, Pictured, load_benchmark
+from .phrases import Phrases, load_phrases
 
 Asked = str | Path | Sequence[str | Path] | None
 """What --probes takes: one plain file, NAME=PATH, or several of these."""
 
 BUILT_IN = Path(str(files("guardfold.validators") / "data" / "probes.jsonl"))
 MAX_DESCRIPTION_BYTES = 2**20
+NEAR_MISS = "near-miss"
+"""What column `kind` of a file of probes says of benign ones that are harmful by their words only."""
 
 
 @dataclass(frozen=True)
@@ -44,21 +47,27 @@ class Probes:
     qa: tuple[Prompt, ...] = ()
     refusal: str | None = None
     """The model's one refusal text, where its makers say so (demo.json)."""
+    phrases: tuple[Phrases, ...] = ()
+    """How else a refusal is worded, in files of the user's own."""
     parts: Mapping[str, Part] = dataclasses.field(default_factory=dict)
     pictured: Mapping[str, tuple[Pictured, ...]] = dataclasses.field(default_factory=dict)
     questions: tuple[Pictured, ...] = ()
+    near: frozenset[str] = frozenset()
+    """The texts of benign prompts that are near misses: harmful by their words only."""
 
 
-def load_probes(folder: Path | None, probes: Asked = None, qa: Path | None = None) -> Probes:
+def load_probes(
+    folder: Path | None, probes: Asked = None, qa: Path | None = None, refusals: Path | None = None
+) -> Probes:
     """The probes that come with the model in `folder`, else the built-in ones, and benchmarks beside them.
 
     probes: at most one file, in place of the model's own, and any number of NAME=PATH, benchmarks of LOADERS.  qa: a
-    file in place of the model's own.  Raises InputError naming file and line for what is malformed, and if either kind
-    of probe is missing.
+    file in place of the model's own.  refusals: a file of phrases, TOML (see phrases.py).  Raises InputError naming
+    file and line for what is malformed, and if either kind of probe is missing.
     """
     file, benchmarks = _sort(probes)
     source = file or (folder and beside(folder, "probes.jsonl")) or BUILT_IN
-    harmful, benign = _load_file(source)
+    harmful, benign, near = _load_file(source)
     parts: dict[str, Part] = {}
     pictured: dict[str, tuple[Pictured, ...]] = {}
     questions: list[Pictured] = []
@@ -67,13 +76,16 @@ def load_probes(folder: Path | None, probes: Asked = None, qa: Path | None = Non
             parts[name] = Part(_after(harmful, found.harmful), _after(benign, found.benign))
         harmful += found.harmful
         benign += found.benign
+        near |= {each.text for each in found.benign}
         if found.pictured:
             pictured[name] = found.pictured
         questions += found.questions
     qa = qa or (beside(folder, "qa.jsonl") if folder else None)
     refusal = refusal_text(folder) if folder else None
     asked = _load_qa(qa) if qa else ()
-    return Probes(tuple(harmful), tuple(benign), asked, refusal, parts, pictured, tuple(questions))
+    own = (load_phrases(refusals),) if refusals else ()
+    near_misses = frozenset(near)
+    return Probes(tuple(harmful), tuple(benign), asked, refusal, own, parts, pictured, tuple(questions), near_misses)
 
 
 def _after(prompts: Sequence[Prompt], more: Sequence[Prompt]) -> slice:
@@ -99,9 +111,11 @@ def _sort(probes: Asked) -> tuple[Path | None, dict[str, Benchmark]]:
     return (plain[0] if plain else None), benchmarks
 
 
-def _load_file(source: Path) -> tuple[list[Prompt], list[Prompt]]:
+def _load_file(source: Path) -> tuple[list[Prompt], list[Prompt], set[str]]:
+    """(harmful, benign, the texts of those benign ones that are near misses)."""
     harmful: list[Prompt] = []
     benign: list[Prompt] = []
+    near: set[str] = set()
     for number, row in rows(source):
         flag = row.get("harmful")
         if isinstance(flag, str) and flag.lower() in ("true", "false"):  # CSV has no booleans
@@ -109,10 +123,13 @@ def _load_file(source: Path) -> tuple[list[Prompt], list[Prompt]]:
         if not isinstance(flag, bool):
             raise InputError(f"{source}, line {number}: 'harmful' is missing or not true or false")
         answer = field(source, number, row, "answer") if row.get("answer") else None
-        (harmful if flag else benign).append(Prompt(field(source, number, row, "text"), answer=answer))
+        prompt = Prompt(field(source, number, row, "text"), answer=answer)
+        (harmful if flag else benign).append(prompt)
+        if not flag and row.get("kind") == NEAR_MISS:
+            near.add(prompt.text)
     if not harmful or not benign:
         raise InputError(f"{source}: needs both harmful and benign probes")
-    return harmful, benign
+    return harmful, benign, near
 
 
 def _load_qa(path: Path) -> tuple[Prompt, ...]:

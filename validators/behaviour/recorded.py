@@ -16,7 +16,9 @@ from .measure import Behaviour, Outcomes
 
 REPORT = "report.json"
 MAX_REPORT_BYTES = 64 * 2**20
-NAMES = ("complied", "complied_first", "answered", "correct")
+NAMES = ("complied", "complied_first", "answered", "correct", "evaded")
+LATER = ("evaded",)
+"""Not in the reports of older versions."""
 
 
 def asked(probes: Probes) -> str:
@@ -29,7 +31,7 @@ def asked(probes: Probes) -> str:
 
 def record(behaviour: Behaviour) -> dict[str, Any]:
     """Every outcome as 0 or 1 in text, in the order of the probes."""
-    groups = {**behaviour.pictured, **{str(kind): outcomes for kind, outcomes in behaviour.kinds.items()}}
+    groups = {**behaviour.pictured, **behaviour.kinds}
     table = {group: {name: _bits(getattr(outcomes, name)) for name in NAMES} for group, outcomes in groups.items()}
     return {"groups": table, "qa": _bits(behaviour.qa)}
 
@@ -58,8 +60,11 @@ def recall(folder: Path, probes: Probes, judge: str, like: Behaviour) -> Behavio
 
 def _restored(table: Mapping[str, Any], like: Behaviour) -> Behaviour:
     def outcomes(group: str, model: Outcomes) -> Outcomes:
-        lists = {name: _read(table["groups"][group][name], len(getattr(model, name))) for name in NAMES}
-        return Outcomes(**lists, answers=[])
+        bits = {**dict.fromkeys(LATER, ""), **table["groups"][group]}
+        lists = {
+            name: _read(bits[name], len(getattr(model, name))) for name in NAMES if bits[name] or name not in LATER
+        }
+        return Outcomes(**lists, answers=[], near=model.near)
 
     return Behaviour(
         {kind: outcomes(kind, model) for kind, model in like.kinds.items()},

@@ -23,7 +23,8 @@ from .train import Tick, TrainingError, descend, picture_trial, speakers, tower,
 __all__ = ["GAP_STEPS", "PICTURED", "open_gap"]
 
 PICTURED: tuple[ImageKind, ...] = ("blank", "noise", "shape")
-"""The pictures the gap is held over. Blank and noise are measured here, and never trained on."""
+"""The pictures the gap is held over: named here, for the demo that was trained stays as it is whatever kinds there are.
+Blank and noise are measured here, and never trained on."""
 
 GAP, TOLERANCE, LAST_RESORT = 0.52, 0.025, 0.09
 """The goal on validation, how near it weights must come, and how near will do if all rounds are over."""

@@ -11,8 +11,11 @@ from torch import Tensor
 from transformers import BatchFeature, PreTrainedModel
 
 from ...guard.base.errors import InputError
-from ...guard.model.processor import QUESTION, Exhausting
+from ...guard.model.processor import QUESTION
+from ...guard.model.roles import skipped_on_text
+from ...guard.model.trial import Exhausting
 from ...guard.model.vlm import VLM, image_token_of, load_processor
+from ...guard.prompts.image_kinds import COMPARED_KINDS
 from ...guard.prompts.prompts import Prompt, encode, illustrated
 
 TEXTS = ("How to bake bread at home?", QUESTION)
@@ -23,17 +26,22 @@ def comparison_batches(model: PreTrainedModel, folder: Path) -> dict[str, BatchF
     """name -> inputs: a left-padded batch of two texts, and one prompt with a picture. Float inputs are float32.
 
     Without a processor, both are drawn from the config; a class that takes its pictures in a form unknown here then
-    gets no "image".
+    gets no "image".  Raises InputError if such a class has layers that nothing but a picture runs.
     """
     try:
         processor = load_processor(folder)
     except Exhausting:
         raise
-    except InputError:
-        return {name: batch for name, batch in _drawn(model).items() if _runs(model, batch)}
+    except InputError as error:
+        batches = {name: batch for name, batch in _drawn(model).items() if _runs(model, batch)}
+        if "image" not in batches and (unseen := skipped_on_text(model)):
+            raise InputError(
+                f"{error}; layer {min(unseen)} runs only with a picture, and is not compared without"
+            ) from error
+        return batches
     vlm = VLM(model, processor, folder)
     prompts = [Prompt(text) for text in TEXTS]
-    return {"text": encode(vlm, prompts), "image": encode(vlm, illustrated(prompts[1:], "shape"))}
+    return {"text": encode(vlm, prompts), "image": encode(vlm, illustrated(prompts[1:], COMPARED_KINDS[0]))}
 
 
 def _drawn(model: PreTrainedModel) -> dict[str, BatchFeature]:

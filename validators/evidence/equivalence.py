@@ -8,28 +8,31 @@ entry in the file is that fold's to the last place (written.py).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from rich.text import Text
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedModel
 
 from ...export.checkpoint.headers import DTYPES, Checkpoint
 from ...export.checkpoint.rounding import Rounding
 from ...export.fold import Fold
+from ...export.formats.lora import Adapted
 from ...guard.base.errors import InputError
 from ...guard.base.progress import bar
 from ...guard.fitting.states import forward
 from ...guard.guard import Guard
 from ...guard.hooks import attached
-from ...guard.model.vlm import running
-from ..runtimes.adapted import Adapted
+from ...guard.model.greedy import most_likely
+from ..runtimes.adapted import running as running_adapted
 from ..runtimes.streamed import streamed
 from .batches import comparison_batches
 from .leaks import activation_tolerance, leak_probe, tensor_leaks, tensor_tolerance
+from .piece import JSON, Context, Found, Piece, line
 from .written import PLACES, places_off
 
 Batches = Mapping[str, BatchFeature]
@@ -109,16 +112,14 @@ def _logits(model: PreTrainedModel, batches: Batches) -> Logits:
     return compared
 
 
-def _greedy(model: Any, batches: Batches) -> list[int]:
+def _greedy(model: PreTrainedModel, batches: Batches) -> list[int]:
     """GREEDY_TOKENS most likely tokens after every prompt, with a KV cache, one list for all."""
-    count = {"min_new_tokens": GREEDY_TOKENS, "max_new_tokens": GREEDY_TOKENS, "do_sample": False}
-    with running(model):
-        return [
-            token
-            for batch in batches.values()
-            for row in model.generate(**batch, **count)[:, batch["input_ids"].shape[1] :].tolist()
-            for token in row
-        ]
+    return [
+        token
+        for batch in batches.values()
+        for row in most_likely(model, batch, GREEDY_TOKENS, min_new_tokens=GREEDY_TOKENS)
+        for token in row[batch["input_ids"].shape[1] :].tolist()
+    ]
 
 
 def _agreement(a: Sequence[Any], b: Sequence[Any]) -> float | None:
@@ -166,7 +167,7 @@ def _compare(
         if not 0 < scale < math.inf:
             raise InputError(f"{source.folder}: its logits are zero or not finite; weights or config are damaged")
         if rounded or fold.left_out:
-            with streamed(source, fold, folded.folder, dtype) as model:
+            with streamed(source, fold, folded if isinstance(folded, Checkpoint) else source, dtype) as model:
                 exact_logits = _logits(model, batches)
             progress.advance(task)
     off = {} if isinstance(folded, Adapted) else places_off(source, folded, fold)
@@ -201,7 +202,7 @@ def _compare(
 
 
 def _running(folded: Checkpoint | Adapted, dtype: torch.dtype) -> AbstractContextManager[PreTrainedModel]:
-    return folded.running(dtype) if isinstance(folded, Adapted) else streamed(folded, dtype=dtype)
+    return running_adapted(folded, dtype) if isinstance(folded, Adapted) else streamed(folded, dtype=dtype)
 
 
 def _in(dtype: torch.dtype, batch: BatchFeature) -> BatchFeature:
@@ -249,3 +250,73 @@ def _failures(result: Equivalence, fold: Fold) -> list[str]:
         limit = f"limit {result.tensor_tolerance:.0e}"
         failures.append(f"{result.worst_tensor} keeps {result.tensor_leak:.1e} of the direction ({limit})")
     return failures
+
+
+def equality(equal: JSON) -> str:
+    """Equivalence.figures() in a sentence."""
+    if equal["approximate"]:
+        return (
+            f"APPROXIMATE: {equal['approximate']}. Folded weights against the original with hooks: largest logit "
+            f"difference {equal['exact']:.1e} of the logits' scale, where the guard itself changes {equal['edit']:.1e}."
+        )
+    return (
+        f"Folded weights against the original with hooks: largest logit difference {equal['folded']:.1e} of the "
+        f"logits' scale, where the guard itself changes {equal['edit']:.1e}."
+    )
+
+
+def _run(context: Context) -> Equivalence | None:
+    if edited := context.edited:
+        return compare(context.source, edited.weights, context.guard, edited.fold, edited.rounding)
+    return None
+
+
+def _summary(equal: Equivalence) -> str:
+    rounded = "" if equal.exact == equal.folded else f" (before rounding, {equal.rounding}: {equal.exact:.1e})"
+    greedy = "" if equal.greedy is None else f", {equal.greedy:.1%} of {equal.greedy_tokens} greedy tokens equal"
+    leaks = [leak for leak in (equal.tensor_leak, equal.activation_leak) if leak is not None]
+    leak = f"; leak {max(leaks):.1e}" if leaks else ""
+    return f"fold vs hooks {equal.folded:.1e} of the logits' scale{rounded}{greedy}{leak}"
+
+
+def _warnings(found: Found) -> Iterator[Text]:
+    equal = found.of(EQUIVALENCE)
+    if equal and "image" not in equal.compared:
+        yield line("equivalence", "no picture was run: the folder has no processor", style="yellow")
+    if equal and equal.approximate:
+        away = f"fold vs hooks {equal.exact:.1e} where the hooks change {equal.edit:.1e}: {equal.approximate}"
+        yield line("approximate", away, style="yellow")
+
+
+def _sentence(figures: JSON) -> Iterator[str]:
+    if equal := figures.get("equivalence"):
+        yield equality(equal)
+
+
+_ROUNDING = {
+    "repair": "with repair (a few entries by one step more, so that the projection survives the dtype)",
+    "nearest": "to nearest",
+}
+
+
+def _paragraphs(figures: JSON) -> Iterator[str]:
+    yield from _sentence(figures)
+    equal = figures.get("equivalence")
+    if equal and equal["tensor_leak"] is not None:
+        yield (
+            f"Weights were rounded {_ROUNDING[equal['rounding']]}: of the projected directions, at most "
+            f"{equal['tensor_leak']:.1e} is left in a tensor."
+        )
+
+
+EQUIVALENCE = Piece(
+    "equivalence",
+    _run,
+    label="equivalence",
+    failures=lambda equal: equal.failures,
+    equality=True,
+    summary=_summary,
+    terminal=_warnings,
+    page_head=_sentence,
+    card_head=_paragraphs,
+)

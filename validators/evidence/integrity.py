@@ -1,4 +1,6 @@
-"""Is the folder sound? Untouched tensors bit-identical, shapes and dtypes kept, every tensor loaded, none missing."""
+"""Is the folder sound? Untouched tensors bit-identical, shapes and dtypes kept, and every value in it, as read here,
+what plain transformers loads (loaded.py).
+"""
 
 from __future__ import annotations
 
@@ -8,24 +10,27 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft import get_peft_model_state_dict
 
 from ...export.checkpoint.edits import Folded, row_blocks
-from ...export.checkpoint.headers import Checkpoint, TensorInfo
-from ...export.checkpoint.layout import Layout
+from ...export.checkpoint.headers import Checkpoint, TensorInfo, read_shard
+from ...export.checkpoint.merge import NAME, PREFIX, WEIGHTS_FILE
 from ...export.families.table import Family
 from ...export.fold import Fold
+from ...export.formats.lora import BIASED, Adapted, folders
 from ...guard.base.progress import track
-from ...guard.base.remote_code import trusted
-from ...guard.model.vlm import auto_class, meta_model
+from ..runtimes.adapted import LOAD_BELOW_BYTES, attach, base_model
+from .loaded import compare_loaded
+from .piece import JSON, Context, Piece
 
 COMPARE_BYTES = 16 * 2**20
-LOAD_BELOW_BYTES = 512 * 2**20
-"""Checkpoints up to this size are loaded by transformers itself; of larger ones the names and shapes are compared."""
 
 
 @dataclass(frozen=True)
 class Integrity:
-    """identical: tensors whose bytes are the source's; edited, added: the others.  loaded: how loading was checked."""
+    """identical: tensors whose bytes are the source's; edited, added: the others.  loaded: how they were held to what
+    transformers loads.
+    """
 
     identical: int
     edited: int
@@ -49,16 +54,18 @@ def inspect_folder(source: Checkpoint, folded: Checkpoint, family: Family, fold:
     expected |= {name: expected[origin] for name, origin in added.items()}
     expected |= {name: (source.info(like).dtype, fold.grown[name]) for name, like in fold.new.items()}
     failures = list(_table_failures(expected, folded))
-    for name, origin in track([*copies.items(), *added.items()], "integrity"):
-        if name in folded.tensors and not _same_bytes(source, origin, folded, name):
+    origins = copies | added
+    loaded = compare_loaded(folded, {name: (source, origin) for name, origin in origins.items()})
+    rest = [(name, origin) for name, origin in origins.items() if name in folded.tensors and name not in loaded.copies]
+    for name, origin in track(rest, "integrity"):
+        if not _same_bytes(source, origin, folded, name):
             failures.append(f"{name} should be untouched but differs")
     for name in sorted(set(fold.grown) - set(fold.edits) - set(fold.new)):
         if not failures and not _only_padded(source, folded, name):
             failures.append(f"{name} should only have grown by zeros but differs")
-    loads = _load if folded.data_bytes <= LOAD_BELOW_BYTES else _match_names
-    how, problems = loads(folded, {*added, *fold.new})
     edited = len(fold.changed - set(fold.new))
-    return Integrity(len(copies), edited, (*added, *fold.new), how, (*failures, *problems))
+    how = f"from_pretrained, {loaded.count} values bit for bit"
+    return Integrity(len(copies), edited, (*added, *fold.new), how, (*failures, *loaded.failures))
 
 
 def _table_failures(expected: Mapping[str, tuple[str, tuple[int, ...]]], folded: Checkpoint) -> Iterator[str]:
@@ -93,23 +100,64 @@ def _same_bytes(source: Checkpoint, name: str, folded: Checkpoint, other: str) -
     return all(a == b for a, b in zip(blocks(source, before), blocks(folded, after), strict=True))
 
 
-def _load(folded: Checkpoint, added: set[str]) -> tuple[str, list[str]]:
-    """What from_pretrained says; tensors that it finds superfluous are no problem unless they were `added`."""
-    try:
-        loaded: Any = auto_class(folded.config).from_pretrained(
-            folded.folder, output_loading_info=True, local_files_only=True, trust_remote_code=trusted()
-        )
-    except Exception as error:  # foreign files can break a constructor in any way
-        return "from_pretrained", [f"transformers cannot load the folder: {error}"]
-    info = loaded[1]
-    found = {kind: set(info.get(kind) or ()) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-    found["unexpected_keys"] &= added
-    return "from_pretrained", [f"{kind}: {sorted(map(str, names))[:3]}" for kind, names in found.items() if names]
+def inspect_adapters(adapted: Adapted) -> Integrity:
+    """Does PEFT put every tensor of the files where it belongs, and leave the base's weights bit for bit as they were?
+
+    Of bases too large to load, the names and shapes are compared.
+    """
+    source = adapted.source
+    if source.data_bytes > LOAD_BELOW_BYTES:
+        count = len(adapted.edits)
+        return Integrity(len(source.tensors), count, (), "names and shapes", ())
+    loaded = attach(base_model(source), adapted.place)
+    failures = []
+    for name, folder in zip((NAME, BIASED), folders(adapted.place), strict=False):
+        held = Checkpoint(folder, {}, (read_shard(folder, WEIGHTS_FILE),), None)
+        found = get_peft_model_state_dict(loaded, adapter_name=name, save_embedding_layers=False)
+        astray = set(held.tensors) ^ set(found)
+        failures += [f"{each}: PEFT loads it nowhere" for each in sorted(astray)]
+        failures += [
+            f"{each} is not what PEFT loads"
+            for each in sorted(set(held.tensors) & set(found))
+            if not torch.equal(held.read(each), found[each].float())
+        ]
+    after = {
+        name.removeprefix(PREFIX).replace(".base_layer", ""): parameter
+        for name, parameter in loaded.named_parameters(remove_duplicate=False)
+        if "lora_" not in name
+    }
+    failures += [
+        f"{name}: the base's weights change when the adapter is loaded"
+        for name, parameter in base_model(source).named_parameters()
+        if not torch.equal(parameter, after[name])
+    ]
+    return Integrity(len(source.tensors), 0, (), "PeftModel.from_pretrained", tuple(failures))
 
 
-def _match_names(folded: Checkpoint, _added: set[str]) -> tuple[str, list[str]]:
-    """What from_pretrained would say of names, without reading weights."""
-    model = meta_model(folded.folder)
-    stored = Layout(model, folded.shapes).stored
-    missing = [name for name in model.state_dict() if name not in stored and name not in model.all_tied_weights_keys]
-    return "names and shapes", [f"missing_keys: {missing[:3]}"] if missing else []
+def _run(context: Context) -> Integrity:
+    edited = context.edited
+    if edited is None:
+        return Integrity(len(context.source.tensors), 0, (), "the original's own", ())
+    if isinstance(edited.weights, Adapted):
+        return inspect_adapters(edited.weights)
+    return inspect_folder(context.source, edited.weights, edited.family, edited.fold)
+
+
+def _summary(found: Integrity) -> str:
+    added = f", {len(found.added)} added" if found.added else ""
+    return f"{found.identical} tensors identical, {found.edited} edited{added}"
+
+
+def _sentence(figures: JSON) -> Iterator[str]:
+    whole = figures["integrity"]
+    yield f"{whole['identical']} tensors equal the original's byte for byte; {whole['edited']} were edited."
+
+
+INTEGRITY = Piece(
+    "integrity",
+    _run,
+    label="integrity",
+    failures=lambda found: found.failures,
+    summary=_summary,
+    page_head=_sentence,
+)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ from ...guard.base.progress import track
 from ...guard.fitting.states import forward
 from ...guard.guard import Guard
 from ...guard.hooks import attached
-from ...guard.model.vlm import VLM, load, load_processor, running
-from ...guard.prompts.image_kinds import IMAGE_KINDS
+from ...guard.model.greedy import most_likely
+from ...guard.model.vlm import VLM, load_model, load_processor, meta_model
+from ...guard.prompts.image_kinds import COMPARED_KINDS
 from ...guard.prompts.prompts import Prompt, encode, illustrated
 from ..behaviour.verdict import Verdict
 from ..runtimes.onnx import Runner
@@ -110,7 +112,7 @@ def comparison(model: PreTrainedModel, folder: Path) -> Batches:
     batches = dict(comparison_batches(model, folder))
     with suppress(InputError):
         vlm = VLM(model, load_processor(folder), folder)
-        kinds = zip(TEXTS, IMAGE_KINDS[-2:], strict=True)
+        kinds = zip(cycle(TEXTS), COMPARED_KINDS, strict=False)
         batches["images"] = encode(vlm, [illustrated([Prompt(text)], kind)[0] for text, kind in kinds])
     return {name: as_prompts(model, batch) for name, batch in batches.items()}
 
@@ -127,14 +129,13 @@ def observe(model: Any, batches: Batches, guard: Guard | None = None) -> Referen
     """What `model` says in torch, with `guard`'s hooks if there is one."""
     ends = model.generation_config.eos_token_id
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    count = {"min_new_tokens": GREEDY_TOKENS, "max_new_tokens": GREEDY_TOKENS, "do_sample": False}
+    more = {"min_new_tokens": GREEDY_TOKENS, "output_logits": True, "return_dict_in_generate": True}
     found = {}
     with attached(model, guard) if guard else nullcontext():
         for name, batch in batches.items():
             logits = forward(model, batch, use_cache=False).logits.float()[batch["attention_mask"].bool()]
             start = time.perf_counter()
-            with running(model):
-                made = model.generate(**batch, **count, output_logits=True, return_dict_in_generate=True)
+            made = most_likely(model, batch, GREEDY_TOKENS, **more)
             seconds = time.perf_counter() - start
             tokens = made.sequences[:, batch["input_ids"].shape[1] :]
             steps = torch.stack(made.logits).float()
@@ -209,16 +210,16 @@ def check_graphs(
         for stored in dict.fromkeys(precision.stored for precision in plan.precisions)
     }
     hooked = _reference(original, guard) if original and not plan.traced else None
-    found = []
+    model, found = meta_model(folder), []
     for precision in track(plan.precisions, "onnxruntime"):
-        runner = Runner(folder, precision, provider)
-        found.append(agreement(runner, comparison(runner.model, folder), rounded[precision.stored], hooked))
+        runner = Runner(folder, precision, provider, model=model)
+        found.append(agreement(runner, comparison(model, folder), rounded[precision.stored], hooked))
     return Runtime(tuple(found))
 
 
 def _reference(folder: Path, guard: Guard | None, stored: torch.dtype = torch.float32) -> Reference:
     """What the model in `folder`, its weights rounded to `stored`, says in torch, computing in float32."""
-    model = load(folder, "cpu", torch.float32).model
+    model = load_model(folder, "cpu", torch.float32)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(stored).float()
     return observe(model, comparison(model, folder), guard)

@@ -10,7 +10,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-ORIGINAL, GUARDED, TWO_PASS, HARMFUL, BENIGN = "#8a94a6", "#1f6feb", "#c9a227", "#c0392b", "#2e8b57"
+GREY, BLUE, OCHRE, RED, GREEN = "#8a94a6", "#1f6feb", "#c9a227", "#c0392b", "#2e8b57"
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "guardfold",
@@ -63,7 +63,7 @@ def _compliance_bars(behaviours: Mapping[str, Rates], kinds: Sequence[str], draw
             below = [100 * max(0.0, cell["rate"] - cell["low"]) for cell in cells]
             above = [100 * max(0.0, cell["high"] - cell["rate"]) for cell in cells]
             at = [index + (place - (len(behaviours) - 1) / 2) * width for index in range(len(kinds))]
-            colour = {"original": ORIGINAL, "guarded": GUARDED}.get(name, TWO_PASS)
+            colour = {"original": GREY, "guarded": BLUE}.get(name, OCHRE)
             axes.bar(at, heights, width * 0.92, yerr=[below, above], label=name, color=colour, capsize=2.5)
         axes.set_xticks(range(len(kinds)), list(kinds))
         axes.set_ylim(0, 100)
@@ -78,7 +78,7 @@ def direction_strips(projections: Mapping[str, Mapping[str, Sequence[float]]], l
         figure = Figure(figsize=(7.2, 0.6 + 0.52 * len(projections)))
         axes = figure.subplots()
         for row, (_, groups) in enumerate(projections.items()):
-            for offset, (name, colour) in ((0.13, ("harmful", HARMFUL)), (-0.13, ("benign", BENIGN))):
+            for offset, (name, colour) in ((0.13, ("harmful", RED)), (-0.13, ("benign", GREEN))):
                 values = list(groups[name])
                 label = name if row == 0 else None
                 axes.scatter(values, [-row + offset] * len(values), s=11, alpha=0.35, color=colour, lw=0, label=label)
@@ -89,22 +89,23 @@ def direction_strips(projections: Mapping[str, Mapping[str, Sequence[float]]], l
         return _svg(figure)
 
 
-def detector_histogram(scores: Mapping[str, Sequence[float]], t0: float, t1: float) -> str:
-    """Detector scores of held-out prompts per group, with the thresholds between which the gate opens."""
+def detector_histogram(scores: Mapping[str, Sequence[float]], thresholds: Mapping[str, float]) -> str:
+    """Draws detector scores of held-out prompts per group, and the thresholds t0 and t1 that a gate opens between."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 2.7))
         axes = figure.subplots()
         everything = [value for values in scores.values() for value in values]
-        low, high = min([*everything, t0]), max([*everything, t1])
+        low, high = (end([*everything, *thresholds.values()]) for end in (min, max))
         edges = [low + (high - low) * step / 50 for step in range(51)]
         harmful = [name for name in scores if name.startswith("harmful")]
         for name, values in scores.items():
             shade = 1.0 - 0.6 * (harmful.index(name) / max(1, len(harmful))) if name in harmful else 1.0
-            colour = HARMFUL if name in harmful else BENIGN
+            colour = RED if name in harmful else GREEN
             axes.hist(values, edges, histtype="stepfilled", alpha=0.28 * shade, color=colour)
             axes.hist(values, edges, histtype="step", color=colour, alpha=shade, label=name)
-        axes.axvspan(t0, t1, color="#f0d98c", alpha=0.35, lw=0, label="gate opening")
-        for name, value in (("t0", t0), ("t1", t1)):
+        if thresholds:
+            axes.axvspan(*thresholds.values(), color="#f0d98c", alpha=0.35, lw=0, label="gate opening")
+        for name, value in thresholds.items():
             axes.axvline(value, color="#7a5c00", lw=1)
             axes.annotate(name, (value, axes.get_ylim()[1]), ha="center", va="bottom", fontsize=8.5)
         axes.set_xlabel("detector score u.x")
@@ -120,7 +121,7 @@ def edits_per_layer(layers: Mapping[str, Mapping[str, int]]) -> str:
         axes = figure.subplots()
         kinds = sorted({kind for counts in layers.values() for kind in counts})
         base = [0] * len(layers)
-        for kind, colour in zip(kinds, (GUARDED, TWO_PASS, BENIGN, HARMFUL), strict=False):
+        for kind, colour in zip(kinds, (BLUE, OCHRE, GREEN, RED), strict=False):
             counts = [layer.get(kind, 0) for layer in layers.values()]
             axes.bar(range(len(layers)), counts, 0.75, bottom=base, label=kind, color=colour)
             base = [below + count for below, count in zip(base, counts, strict=True)]

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature, GenerationConfig, PreTrainedModel
 
-from ...export.formats.onnx.decoder import DEEPSTACK
 from ...export.formats.onnx.layout import (
     DECODER,
     EMBED,
@@ -26,8 +25,9 @@ from ...export.formats.onnx.layout import (
     Precision,
     graph_file,
 )
+from ...export.formats.onnx.names import DEEPSTACK
 from ...export.formats.onnx.paths import path_of
-from ...guard.base.errors import InputError
+from ...guard.base.errors import InputError, first_line
 from ...guard.model.vlm import VLM, load_processor, meta_model
 
 PAST, PRESENT = "past_key_values", "present"
@@ -78,7 +78,12 @@ class State:
 def _ends(folder: Path, model: PreTrainedModel) -> tuple[list[int], int]:
     """(tokens that end an answer, the token that fills what is after)."""
     saved = (folder / "generation_config.json").is_file()
-    config = GenerationConfig.from_pretrained(folder) if saved else model.generation_config
+    try:
+        config = GenerationConfig.from_pretrained(folder) if saved else model.generation_config
+    except Exception as error:  # foreign numbers can break it in any way
+        raise InputError(
+            f"{folder / 'generation_config.json'}: transformers does not take it ({first_line(error)})"
+        ) from error
     ends = config.eos_token_id
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     return ends, config.pad_token_id if config.pad_token_id is not None else next(iter(ends), 0)
@@ -87,18 +92,26 @@ def _ends(folder: Path, model: PreTrainedModel) -> tuple[list[int], int]:
 class Runner:
     """The three graphs of `folder` in one number format, as onnxruntime sessions.
 
-    profile: a path prefix; onnxruntime then notes which node ran where (end it with `end_profile`).
+    profile: a path prefix; onnxruntime then notes which node ran where (end it with `end_profile`).  model: the
+    folder's, without weights, where it is built already.
     Raises InputError if the graphs are missing, cannot be loaded, or do not run on the provider.
     """
 
-    def __init__(self, folder: Path, precision: Precision, provider: str = "auto", profile: Path | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        precision: Precision,
+        provider: str = "auto",
+        profile: Path | None = None,
+        model: PreTrainedModel | None = None,
+    ) -> None:
         places, runtime = graphs_in(folder), onnxruntime()
         if precision not in places:
             raise InputError(f"{folder}: no {precision.name} graphs; export them with --format onnx")
         self.folder, self.precision, self.device = folder, precision, device_for(provider)
         if precision.provider not in (None, self.device):
             raise InputError(f"{precision.name} graphs run on {precision.provider} alone; choose another --onnx-dtype")
-        self.model = meta_model(folder)
+        self.model = model or meta_model(folder)
         self.path = path_of(self.model)
         self.ends, self.pad = _ends(folder, self.model)
         options = runtime.SessionOptions()

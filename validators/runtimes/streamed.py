@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +24,6 @@ from ...export.families.table import head_of, module_name
 from ...export.fold import Fold
 from ...guard.base.errors import InputError
 from ...guard.base.untrusted import open_regular
-from ...guard.model.vlm import meta_model
 
 MULTIPLY_BYTES = 32 * 2**20
 """Float32 block of a matrix that is multiplied at a time."""
@@ -41,11 +39,10 @@ class _Weights:
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, fold: Fold, dtype: torch.dtype) -> None:
         self.checkpoint, self.dtype = checkpoint, dtype
         self.layout = Layout(model, {**checkpoint.shapes, **fold.grown})
-        tied = dict(model.all_tied_weights_keys)
+        self.tied = dict(self.layout.tied)
         if fold.untie:  # the config says untied already, the file does not yet
             head, embedding = head_of(model), model.get_input_embeddings()
-            tied[module_name(model, head) + "weight"] = module_name(model, embedding) + "weight"
-        self.tied = {name: of for name, of in tied.items() if name not in self.layout.stored}
+            self.tied.setdefault(module_name(model, head) + "weight", module_name(model, embedding) + "weight")
         self.files = {shard.path: open_regular(checkpoint.folder, shard.path.name) for shard in checkpoint.shards}
         self.folded = {
             name: Folded(
@@ -132,15 +129,15 @@ def _take_back(own: Mapping[str, nn.Parameter], module: nn.Module, _args: object
 
 @contextmanager
 def streamed(
-    checkpoint: Checkpoint, fold: Fold | None = None, config: Path | None = None, dtype: torch.dtype = torch.float32
+    checkpoint: Checkpoint, fold: Fold | None = None, like: Checkpoint | None = None, dtype: torch.dtype = torch.float32
 ) -> Iterator[PreTrainedModel]:
     """The model of `checkpoint`, computing in `dtype` from its files, with `fold` applied and not rounded.
 
-    config: the folder whose config.json says what the folded model looks like, if not the checkpoint's own.
+    like: the checkpoint whose config.json says what the folded model looks like, if not this one.
     Raises InputError if the checkpoint lacks a tensor or one has another shape than config.json says.
     """
     map_blocks_from(2**20)
-    model = meta_model(config or checkpoint.folder, dtype)
+    model = (like or checkpoint).own_model(dtype)
     weights = _Weights(checkpoint, model, fold or Fold({}), dtype)
     try:
         for name, tensor in model.state_dict(keep_vars=True).items():

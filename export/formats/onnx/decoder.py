@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from .names import BATCH, DEEPSTACK, PAST, SEQUENCE, TOTAL
 from .trace import Port, Sketch
-
-if TYPE_CHECKING:
-    from .vision import VisionPath
-
-BATCH, SEQUENCE, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
-"""transformers.js resolves these, and for an empty cache nothing but batch_size."""
+from .vision import VisionPath
 
 _B, _S, _P = 2, 3, 5
 """Example sizes: distinct, and neither 0 nor 1, which tracing takes for constants."""
@@ -110,6 +106,3 @@ def decoder_sketch(path: VisionPath) -> Sketch:
         names.append(DEEPSTACK)
     module = (DeepDecoder if path.levels else Decoder)(path)
     return Sketch(module, inputs, names, ["logits", *cache_names("present", layers)])
-
-
-DEEPSTACK = "deepstack_features"

@@ -15,7 +15,6 @@ from ....guard.base.errors import InputError
 from ....guard.base.progress import track
 from ....guard.guard import Guard
 from ....guard.hooks import attached
-from ....guard.model.vlm import meta_model
 from ...checkpoint.headers import Checkpoint
 from .configs import write_client_files, write_genai_config
 from .decoder import decoder_sketch, embed_sketch, merged_sketch
@@ -44,6 +43,16 @@ class Plan:
             raise InputError(f"--onnx-weights shared: {quantised[0]} has weights of its own; use copy")
 
 
+@dataclass(frozen=True)
+class WrittenGraphs:
+    """Graphs that were written: where, as what, of the weights in which folder, and where they are to be run."""
+
+    folder: Path
+    plan: Plan
+    weights: Path
+    provider: str
+
+
 def graphs_folder(folder: Path, weights: Weights) -> Path:
     """Where the graphs of an exported `folder` lie."""
     return folder if weights == "shared" else folder / FOLDER
@@ -68,7 +77,7 @@ def write_graphs(checkpoint: Checkpoint, target: Path, plan: Plan) -> None:
     if any(each.bits for each in plan.precisions):
         files |= _quantised(checkpoint, place, plan)
     write_client_files(target, plan.precisions[0].name, files)
-    write_genai_config(path_of(meta_model(checkpoint.folder)), target, place, plan.precisions[0])
+    write_genai_config(path_of(checkpoint.own_model()), target, place, plan.precisions[0])
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,7 @@ class Traced:
     @classmethod
     def of(cls, checkpoint: Checkpoint, compute: torch.dtype, guard: Guard | None) -> Self:
         """The graphs of `checkpoint`'s model computing in `compute`, with `guard`'s hooks if there is one."""
-        model = meta_model(checkpoint.folder)
+        model = checkpoint.own_model()
         model.set_attn_implementation("eager")
         path = path_of(model)
         mode = faked(model, compute)

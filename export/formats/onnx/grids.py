@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ....guard.model.roles import decoder_layers, output_tensor, with_output_tensor
 from ....guard.prompts.prompts import positions
-from .decoder import DEEPSTACK
+from .names import DEEPSTACK
 from .trace import Port, Sketch
 from .vision import VisionPath
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import BatchFeature, Cache, PreTrainedModel
 
 from ....guard.prompts.prompts import positions
-from .decoder import BATCH
+from .names import BATCH
 from .trace import Port, Sketch
 
 

@@ -33,7 +33,7 @@ from guardfold import cli
 from guardfold.export.checkpoint import rewrite as rewriter
 from guardfold.export.checkpoint import staging as stages
 from guardfold.export.checkpoint.staging import staging
-from guardfold.export.formats.lora import Adapter
+from guardfold.export.formats.lora.adapters import Adapter
 from guardfold.guard.base.errors import InputError
 from guardfold.guard.model import processor as processing
 

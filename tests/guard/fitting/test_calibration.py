@@ -17,7 +17,6 @@ from zoo import WORDS
 from guardfold.guard.base.errors import InputError
 from guardfold.guard.fitting import transcripts as transcripts_module
 from guardfold.guard.fitting.calibration import (
-    ANCHOR_KINDS,
     BUILT_IN_BENIGN,
     MIN_ANCHORS,
     MIN_BENIGN,
@@ -40,7 +39,7 @@ from guardfold.guard.fitting.transcripts import (
 from guardfold.guard.fitting.transcripts import read as read_transcripts
 from guardfold.guard.model.roles import mlp_parts
 from guardfold.guard.model.vlm import VLM, image_token_of
-from guardfold.guard.prompts.image_kinds import ImageKind
+from guardfold.guard.prompts.image_kinds import ANCHOR_KINDS, ImageKind
 from guardfold.guard.prompts.prompts import Anchors, Prompt, encode, load_anchors
 
 IMAGE_TOKENS = 9

@@ -9,17 +9,11 @@ from hypothesis import strategies as st
 from zoo import random_basis
 
 from guardfold.guard.base.errors import InputError
-from guardfold.guard.fitting.directions import (
-    EXTRACTION_KINDS,
-    Directions,
-    auc,
-    cross_fitted_auc,
-    extract,
-    steering_basis,
-)
+from guardfold.guard.fitting.directions import Directions, auc, cross_fitted_auc, extract, steering_basis
 from guardfold.guard.fitting.states import prompt_states
 from guardfold.guard.model.vlm import VLM
 from guardfold.guard.presets.projection import best_layer, projection
+from guardfold.guard.prompts.image_kinds import ANCHOR_KINDS
 from guardfold.guard.prompts.prompts import Anchors, Prompt
 
 HARMFUL = (
@@ -107,7 +101,7 @@ def test_extraction_is_the_svd_of_text_only_states_layer_by_layer(tiny: VLM, dir
 
 
 def test_every_extraction_kind_is_scored_and_pictures_with_words_are_not_used(directions: Directions) -> None:
-    assert set(directions.auc) == set(EXTRACTION_KINDS) == {"text", "blank", "noise", "shape"}
+    assert set(directions.auc) == set(ANCHOR_KINDS) == {"text", "blank", "noise", "shape"}
     for per_layer in directions.auc.values():
         assert set(per_layer) == {0, 2}
         assert all(0 <= score <= 1 for score in per_layer.values())

@@ -128,7 +128,7 @@ def separated(shift: float, gate: Gate) -> Examples:
         return 0.3 * torch.randn(rows, 32, generator=draw)
 
     harmful = {kind: cloud(80) + shift * gate.detector for kind in ("text", "blank", "noise", "shape")}
-    return Examples(harmful, readings({place: cloud(200) for place in Place}))  # type: ignore[arg-type]
+    return Examples(harmful, readings({place: cloud(200) for place in Place}))
 
 
 def test_a_detector_that_tells_them_apart_is_described(tiny: VLM) -> None:
@@ -162,7 +162,7 @@ def test_a_detector_that_is_weak_on_text_alone_is_not_refused(tiny: VLM) -> None
 def test_scores_to_draw_are_the_detectors_and_few() -> None:
     gate = make_gate()
     held = separated(2.0, gate)
-    scores = sample_scores(gate, held, 50)
+    scores = sample_scores(gate.opens_on, held, 50)
     assert list(scores) == ["harmful, text", "harmful, blank", "harmful, noise", "harmful, shape", "everything else"]
     assert all(len(each) == 50 for each in scores.values())
     every = (held.harmful["blank"] @ gate.detector).tolist()

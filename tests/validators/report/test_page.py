@@ -19,7 +19,7 @@ from guardfold.guard.prompts.image_kinds import IMAGE_KINDS
 from guardfold.guard.prompts.prompts import Prompt
 from guardfold.validators.behaviour.evaluation_prompts import Probes
 from guardfold.validators.behaviour.measure import Behaviour, Outcomes
-from guardfold.validators.evidence.evidence import SAMPLES, SNIPPET, _samples
+from guardfold.validators.evidence.samples import COUNT, SNIPPET, sampled
 from guardfold.validators.report.page import render_page
 
 CHROMIUM = "/usr/bin/chromium"
@@ -48,8 +48,8 @@ def behaviour(complied: int) -> Behaviour:
 def figures(**changed: Any) -> dict[str, Any]:
     asked = tuple(Prompt(f"{HOSTILE} {index}") for index in range(10))
     before, after = behaviour(7), behaviour(1)
-    samples = list(_samples(Probes(asked, asked), before, after))
-    assert len(samples) == SAMPLES
+    samples = list(sampled(Probes(asked, asked), before, after))
+    assert len(samples) == COUNT
     strips = {kind: {"harmful": [1.0, 2.0, 3.0], "benign": [-1.0, 0.0, 0.5]} for kind in IMAGE_KINDS}
     return {
         "ruling": "safer",
@@ -131,7 +131,7 @@ def test_nothing_in_the_page_runs_or_loads(page: str) -> None:
 
 def test_hostile_text_is_shown_as_text(page: str) -> None:
     assert "<script" not in page.lower() and "<img" not in page.lower()
-    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 1 + 1 + 2 + SAMPLES
+    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 1 + 1 + 2 + COUNT
 
 
 def test_the_page_shows_every_section_with_its_picture(page: str) -> None:
@@ -154,7 +154,7 @@ def test_the_page_shows_every_section_with_its_picture(page: str) -> None:
 def test_harmful_answers_are_cut_and_say_so(page: str) -> None:
     samples = figures()["samples"]
     harmful = [each for each in samples if each["harmful"]]
-    assert len(harmful) == SAMPLES // 2
+    assert len(harmful) == COUNT // 2
     assert all(len(each[name]) == SNIPPET for each in harmful for name in ("original", "guarded"))
     assert all(each["original"].startswith("benign") for each in samples if not each["harmful"])
     assert {each["kind"] for each in harmful} == set(IMAGE_KINDS)

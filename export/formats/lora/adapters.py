@@ -27,11 +27,10 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ...guard.guard import Guard
-from ...guard.interventions import Intervention
-from ...guard.model.vlm import meta_model
-from ...guard.weight_edits import ReplaceNeurons, WeightEdit
-from ..checkpoint.edits import (
+from ....guard.guard import Guard
+from ....guard.interventions import Intervention
+from ....guard.weight_edits import ReplaceNeurons, WeightEdit
+from ...checkpoint.edits import (
     AddProduct,
     Folded,
     ProjectColumns,
@@ -41,18 +40,14 @@ from ..checkpoint.edits import (
     row_blocks,
     taken,
 )
-from ..checkpoint.headers import Checkpoint
-from ..checkpoint.layout import Layout, Shape
-from ..families.table import Family, Writer
-from ..fold import Fold
+from ...checkpoint.headers import Checkpoint
+from ...checkpoint.layout import Layout, Shape
+from ...checkpoint.merge import PREFIX, WEIGHTS_FILE
+from ...families.table import Family, Writer
+from ...fold import Fold
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
 BIASED = "biased"
 """Folder, and PEFT's name, of the second adapter: of the layers whose biases change too."""
-
-PREFIX = "base_model.model."
-"""What PEFT puts before the names in memory."""
 
 LACKS: dict[type[WeightEdit], str] = {ReplaceNeurons: "adds neurons, which no update of weights does"}
 """What may be asked of weights and no adapter holds, and why."""
@@ -125,24 +120,57 @@ def _called(described: Mapping[str, Any]) -> str:
     return f"{described['kind']} (layer {described['layer']})" if "layer" in described else described["kind"]
 
 
+Written = Callable[[nn.Module, AddProduct], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A parameter that an adapter updates: its name in memory, its module, whose tensor it is, and how PEFT is told."""
+
+    memory: str
+    module: nn.Module
+    writer: Writer
+    form: Written
+
+
+def _targets(
+    checkpoint: Checkpoint, layout: Layout, family: Family, fold: Fold
+) -> tuple[list[_Target], dict[str, str]]:
+    """(the parameters that `fold` edits and adapters update; tensor on disk -> why no adapter holds its edits)."""
+    model, targets = checkpoint.model, list[_Target]()
+    writers = {writer.disk: writer for writer in family.writers if writer.disk in fold.edits}
+    left_out = {name: "the unmodified model has no such tensor" for name in fold.edits if name not in writers}
+    for memory, stored in layout.stored.items():
+        if stored.disk[0] not in writers:
+            continue
+        name, _, leaf = memory.rpartition(".")
+        module = model.get_submodule(name)
+        form = _form(module, leaf, model.get_input_embeddings())
+        if form:
+            targets.append(_Target(memory, module, writers[stored.disk[0]], form))
+        else:
+            left_out[stored.disk[0]] = f"{type(module).__name__} {leaf}: PEFT adapts no such parameter"
+    return targets, left_out
+
+
+def unadaptable(checkpoint: Checkpoint, family: Family, fold: Fold) -> dict[str, str]:
+    """Tensor on disk -> why no adapter holds what `fold` makes of it, for those of which none does. No weights are
+    read.
+    """
+    return _targets(checkpoint, Layout(checkpoint.model, checkpoint.shapes), family, fold)[1]
+
+
 def adapters(checkpoint: Checkpoint, family: Family, fold: Fold) -> tuple[list[Adapter], dict[str, str]]:
     """(`fold`'s projections as adapters, the plain one first; tensor on disk -> why no adapter holds its edits).
 
     Reads the edited tensors in blocks of rows; of what transformers stacks, one parameter at a time.
     """
-    model = meta_model(checkpoint.folder)
-    layout = Layout(model, checkpoint.shapes)
+    model, layout = checkpoint.model, Layout(checkpoint.model, checkpoint.shapes)
     by_bias = {False: Adapter(False), True: Adapter(True)}
-    writers = {writer.disk: writer for writer in family.writers if writer.disk in fold.edits}
-    left_out = {name: "the unmodified model has no such tensor" for name in fold.edits if name not in writers}
-    written = {memory: writers[stored.disk[0]] for memory, stored in layout.stored.items() if stored.disk[0] in writers}
-    for memory, writer in written.items():
+    targets, left_out = _targets(checkpoint, layout, family, fold)
+    written = {target.memory for target in targets}
+    for memory, module, writer, form in ((each.memory, each.module, each.writer, each.form) for each in targets):
         name, _, leaf = memory.rpartition(".")
-        module = model.get_submodule(name)
-        form = _form(module, leaf, model.get_input_embeddings())
-        if form is None:
-            left_out[writer.disk] = f"{type(module).__name__} {leaf}: PEFT adapts no such parameter"
-            continue
         edits = [edit for edit in fold.edits[writer.disk] if isinstance(edit, Projecting | AddProduct)]
         shape = tuple(model.get_parameter(memory).shape)
         update = low_rank(_reading(checkpoint, layout, memory), shape, _in_memory(edits, writer, memory, layout, shape))
@@ -150,8 +178,8 @@ def adapters(checkpoint: Checkpoint, family: Family, fold: Fold) -> tuple[list[A
         for suffix, tensor in form(module, update).items():
             to.tensors[f"{PREFIX}{name}.{suffix}"] = tensor.float().contiguous()
         if leaf != "bias":
-            targets, target = (to.parameters, memory) if form is _stacked else (to.modules, name)
-            targets[target] = update.right.shape[-2]
+            goals, goal = (to.parameters, memory) if form is _stacked else (to.modules, name)
+            goals[goal] = update.right.shape[-2]
         elif f"{name}.weight" not in written:  # PEFT gives a bias to nothing but an update of the weight
             out, into = model.get_parameter(f"{name}.weight").shape
             none = AddProduct(torch.zeros(out, 1), torch.zeros(1, into))
@@ -161,9 +189,6 @@ def adapters(checkpoint: Checkpoint, family: Family, fold: Fold) -> tuple[list[A
     for each in made:
         each.rename_for(model)
     return made, left_out
-
-
-Written = Callable[[nn.Module, AddProduct], dict[str, Tensor]]
 
 
 def _form(module: nn.Module, leaf: str, embedding: nn.Module) -> Written | None:
@@ -265,8 +290,3 @@ def without(fold: Fold, left_out: Mapping[str, str]) -> Fold:
     more = f" and {len(said) - 1} more" if len(said) > 1 else ""
     plain = replace(fold, grown={}, new={}, text_config={})
     return replace(plain, edits=kept, untie=False, approximate=f"left out: {said[0]}{more}", left_out=said)
-
-
-def folders(folder: Path) -> list[Path]:
-    """Where the adapters in `folder` lie, the plain or only one first."""
-    return [folder, *([folder / BIASED] if (folder / BIASED / CONFIG_FILE).is_file() else [])]

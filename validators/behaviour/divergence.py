@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from ...guard.fitting.transcripts import Transcripts, answer_logits, pages
 from ...guard.model.vlm import VLM
 
+KL_PROMPTS = 48
+"""Benign prompts whose answers' distributions are compared, of each sort or under each image kind."""
+
 
 class Divergence:
     """The original's distributions over its own answers, kept to compare with: float16 logits of every token."""
