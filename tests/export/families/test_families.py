@@ -147,12 +147,6 @@ CASES = [
 ]
 
 
-PROJECTED = EXACT - REFUSED_IF_TIED
-"""Whose whole stream is projected exactly in both styles, so that every tensor's edit is proven there."""
-
-ONE_STYLE_EACH = [case for case in CASES if case[1] == ("hub", "memory")[[*SPECIMENS].index(case[0]) % 2]]
-
-
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     name, style = request.param
@@ -178,9 +172,6 @@ def test_what_the_rows_say_is_what_the_tracer_finds(case: Case) -> None:
     assert normed == {writer.disk for writer in case.family.writers if writer.post_norm} & set(found)
 
 
-@pytest.mark.parametrize(
-    "case", [case for case in CASES if case in ONE_STYLE_EACH or case[0] not in PROJECTED], indirect=True, ids="-".join
-)
 def test_projected_sublayers_equal_their_hooks(case: Case) -> None:
     guard = Guard((SublayerProjection({0: case.basis, case.family.layers - 1: case.basis[:1]}, 0.7),))
     made, model = case.folded(guard)
@@ -236,7 +227,6 @@ def representatives(case: Case) -> Iterator[str]:
             yield writer.memory
 
 
-@pytest.mark.parametrize("case", ONE_STYLE_EACH, indirect=True, ids="-".join)
 def test_a_traced_row_alone_describes_the_family(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with exact():
         text = as_toml(family_rows(case.model, {"text": case.batches["text"], **case.batches}))
