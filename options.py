@@ -75,8 +75,8 @@ Probes = Annotated[
         "--evaluation-prompts",
         "--probes",
         metavar="FILE|NAME=PATH",
-        help="Held-out evaluation prompts, JSONL or CSV with columns text and harmful (and answer); or a benchmark's own "
-        "files, asked as well: maliciousinstruct, advbench, xstest, jailbreakv, figstep, mm-safetybench, mm-vet, vqa. "
+        help="Held-out evaluation prompts, JSONL or CSV with columns text and harmful (and answer); or a benchmark's "
+        "own files, asked as well: maliciousinstruct, advbench, xstest, jailbreakv, figstep, mm-safetybench, mm-vet, vqa. "
         "Repeatable. Default: the model folder's own probes.jsonl, else the built-in ones.",
     ),
 ]
