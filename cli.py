@@ -469,7 +469,7 @@ def _formats(
 
 
 def _check_choices(*choices: tuple[str, str, Sequence[str]]) -> None:
-    """InputError for the first (option, value, known values) whose value is not known."""
+    """Raises InputError for the first (option, value, known values) whose value is not known."""
     for name, value, known in choices:
         if value not in known:
             raise InputError(f"--{name} {value}: one of {', '.join(known)}")
@@ -504,8 +504,8 @@ def _begin(model: str) -> None:
         print(f"{model}: {ALIASES[model]}", file=sys.stderr)
 
 
-def _one_line(said: object) -> str:
-    return printable(" ".join(str(said).split()), LINE_CHARACTERS) or type(said).__name__
+def _one_line(problem: object) -> str:
+    return printable(" ".join(str(problem).split()), LINE_CHARACTERS) or type(problem).__name__
 
 
 def _open_standard_streams() -> None:

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from .._version import __version__
-from ..export.formats import formats_in
+from ..export.formats import FORMATS
 from ..export.formats.base import Job
 from ..export.formats.safetensors import Safetensors
 from ..export.publish.manifest import GUARD_FILE, written_rounding
@@ -43,17 +43,14 @@ def check_guarded(
     adapter: str | None = None,
     trust_remote_code: bool = False,
 ) -> Evidence:
-    """The evidence about the guarded `folder`, weights or adapters, measured afresh against the model that it was made
-    from; with `adapter`, that is `against` after merging it.
+    """Returns the evidence about the guarded `folder`, weights or adapters, measured afresh against the model that it
+    was made from; with `adapter`, that is `against` after merging it.
 
     Raises InputError if either cannot be loaded or `folder` brings no guard file.
     """
-    origin, guard, rounding = (
-        opened(against, family_file),
-        Guard.load(folder / GUARD_FILE, folder),
-        written_rounding(folder),
-    )
-    form = next((cls for cls in formats_in(folder) if not cls.derived), Safetensors)()
+    origin, guard = opened(against, family_file), Guard.load(folder / GUARD_FILE, folder)
+    rounding = written_rounding(folder)
+    form = next((cls for cls in FORMATS.values() if not cls.derived and cls.found(folder)), Safetensors)()
     with based_on(origin, adapter, folder.parent) as model, threads_for(model.folder), TemporaryDirectory() as aside:
         held = form.hold(model, guard)
         artefact = form.open(Job(model, held, folder, model.checkpoint, Path(aside)))
@@ -72,7 +69,7 @@ class Served:
     verdict: Verdict | None
 
     def figures(self) -> dict[str, Any]:
-        """Everything measured, as JSON; no answers."""
+        """Returns everything measured, as JSON; no answers."""
         return {
             "guardfold": __version__,
             "endpoint": self.endpoint.address,
@@ -95,8 +92,8 @@ def check_served(
     refusals: Path | None = None,
     report: Path | None = None,
 ) -> Served:
-    """The behaviour of what an endpoint serves. The verdict is against `baseline`, else against what the report of the
-    exported `folder` has of its original, else there is none.
+    """Returns the behaviour of what an endpoint serves. The verdict is against `baseline`, else against what the report
+    of the exported `folder` has of its original, else there is none.
 
     folder: also brings its own probes.  report: a JSON file to write the figures to.  Raises InputError if the server,
     the probes or the folder cannot be used.

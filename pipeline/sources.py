@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 from ..export.checkpoint.companions import copy_companions
 from ..export.checkpoint.merge import describe_adapter, merging
-from ..export.checkpoint.remote import hollow_copy
+from ..export.checkpoint.remote import headers_only_copy
 from ..export.checkpoint.rewrite import rewrite
 from ..export.checkpoint.staging import check_room
 from ..export.model import OpenModel
@@ -22,10 +22,11 @@ from ..guard.base.errors import InputError
 from ..guard.base.progress import bar, megabytes
 from ..guard.base.untrusted import check_name
 from ..guard.model.vlm import located, resolve
+from ..validators.evidence.loaded import check_loaded
 
 
 def opened(model: str, family_file: Path | None = None) -> OpenModel:
-    """The model called `model`: demo, alias, hub id or folder. Raises InputError if it cannot be had."""
+    """Returns the model called `model`: demo, alias, hub id or folder. Raises InputError if it cannot be had."""
     folder, name = resolve(model)
     return OpenModel(Source(name, folder), folder, family_file)
 
@@ -33,8 +34,9 @@ def opened(model: str, family_file: Path | None = None) -> OpenModel:
 @contextmanager
 def based_on(model: OpenModel, adapter: str | None, scratch: Path) -> Iterator[OpenModel]:
     """What is guarded: `model`, or, with `adapter`, that model after merging, which lies in `scratch` until the block
-    ends.
+    ends. Raises InputError, naming the tensor, unless transformers loads from either what is read here (loaded.py).
     """
+    check_loaded(model.checkpoint)
     if adapter is None:
         yield model
         return
@@ -47,7 +49,9 @@ def based_on(model: OpenModel, adapter: str | None, scratch: Path) -> Iterator[O
             rewrite(model.checkpoint, model.family, edits, Path(merged), advance)
         copy_companions(model.folder, Path(merged))
         source = replace(model.source, adapter=describe_adapter(called, place))
-        yield OpenModel(source, Path(merged), model.family_file)
+        made = OpenModel(source, Path(merged), model.family_file)
+        check_loaded(made.checkpoint)
+        yield made
 
 
 @contextmanager
@@ -59,11 +63,11 @@ def headers_of(model: str) -> Iterator[Path]:
         return
     with TemporaryDirectory() as folder, bar() as progress:
         progress.add_task("headers", total=None)
-        yield hollow_copy(*found, Path(folder))
+        yield headers_only_copy(*found, Path(folder))
 
 
 def output_for(model: OpenModel, output: Path | str) -> Path:
-    """`output`. InputError if writing it would replace `model`."""
+    """Returns `output`. InputError if writing it would replace `model`."""
     if Path(os.path.realpath(model.source.folder)).is_relative_to(os.path.realpath(output)):
         raise InputError(f"{output}: holds the model itself; choose another --output")
     return Path(output)

@@ -37,20 +37,20 @@ class Directions:
     mean: dict[int, Tensor] = field(default_factory=dict)
 
     def only(self, layers: Sequence[int]) -> Directions:
-        """The same for some of the layers."""
+        """Returns the same for some of the layers."""
         auc = {kind: {layer: scores[layer] for layer in layers} for kind, scores in self.auc.items()}
         singular_values = {layer: self.singular_values[layer] for layer in layers}
         bases, mean = ({layer: each[layer] for layer in layers if layer in each} for each in (self.bases, self.mean))
         return Directions(bases, singular_values, {layer: self.gap[layer] for layer in layers}, auc, mean)
 
     def figures(self) -> dict[str, Any]:
-        """The figures as JSON, for provenance and report."""
+        """Returns the figures as JSON, for provenance and report."""
         leading = {layer: values[:8] for layer, values in self.singular_values.items()}
         return {"singular_values": leading, "gap": self.gap, "auc": self.auc}
 
 
 def steering_basis(differences: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """(V, S) of A = U S W^T: V = the top `rank` rows of W^T, oriented so that mean(A) . v >= 0; S descending.
+    """Returns (V, S) of A = U S W^T: V = the top `rank` rows of W^T, oriented so that mean(A) . v >= 0; S descending.
 
     differences: A, [N, d], rows h(harmful_i) - h(harmless_i).  Returns V [rank, d] and S [min(N, d)], float32.
     """
@@ -76,7 +76,8 @@ def cross_fitted_auc(text: tuple[Tensor, Tensor], seen: tuple[Tensor, Tensor]) -
 
 
 def extract(vlm: VLM, anchors: Anchors, layers: Sequence[int], rank: int = 1, *, every: bool = False) -> Directions:
-    """The safety steering directions of `layers` from `anchors`, text only; AUC under every kind of ANCHOR_KINDS too.
+    """Returns the safety steering directions of `layers` from `anchors`, text only; AUC under every kind of
+    ANCHOR_KINDS too.
 
     every: whether `layers` are simply all there are. One whose last position sees no word of the question yet, as below
     a hybrid's first attention, then takes the directions of the next that does.  Raises InputError if rank exceeds the
@@ -90,7 +91,7 @@ def extract(vlm: VLM, anchors: Anchors, layers: Sequence[int], rank: int = 1, *,
     seen: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
     for kind in ANCHOR_KINDS:
         states = prompt_states(vlm, queries, layers, f"states, {kind}", kind)
-        halves = {layer: each.split(len(anchors)) for layer, each in states.items()}
+        halves = {layer: state.split(len(anchors)) for layer, state in states.items()}
         seen[kind] = {layer: (harmful, harmless) for layer, (harmful, harmless) in halves.items()}
     differ = {layer: harmful - harmless for layer, (harmful, harmless) in seen[TEXT].items()}
     blind = [layer for layer, difference in differ.items() if not difference.any()]

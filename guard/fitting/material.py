@@ -66,20 +66,20 @@ class Material:
 
     @cached_property
     def tried(self) -> list[int]:
-        """The layers tried for something that the MLP writes: of the upper half, those with a dense MLP that runs with
-        and without a picture, evenly spaced.
-
-        InputError if there are none.
+        """The layers tried for something that the MLP writes: of the upper half, evenly spaced, those with a dense MLP
+        that every prompt passes. InputError if there are none.
         """
-        every_prompt = set(self.dense) - skipped_on_text(self.vlm.model)
-        tried = [layer for layer in upper_layers(self.depth) if layer in every_prompt]
+        skipped = skipped_on_text(self.vlm.model)
+        tried = [layer for layer in upper_layers(self.depth) if layer in self.dense and layer not in skipped]
         if not tried:
             kind = self.vlm.model.config.model_type
             raise InputError(f"{kind}: no upper layer has a dense MLP; a gate cannot be folded there")
         return tried
 
     def examples(self, role: Role, neurons: bool = False) -> dict[int, Examples]:
-        """layer -> examples of a part: what the MLPs of the tried layers read or, with `neurons`, their neurons."""
+        """Returns layer -> examples of a part: what the MLPs of the tried layers read or, with `neurons`, their
+        neurons.
+        """
         if (role, neurons) not in self._examples:
             usage = self._usage if role == "fit" and not neurons else None
             self._examples[role, neurons] = examples(self.vlm, self.parts[role], self.tried, role, usage, neurons)
@@ -92,7 +92,9 @@ class Material:
         return biased or (not self.settings.recycle and self.gains_biases)
 
     def places(self, layer: int, count: int) -> tuple[int, ...]:
-        """The `count` least used neurons of a layer, where neurons are recycled; none where the MLP is widened."""
+        """Returns the `count` least used neurons of a layer, where neurons are recycled; none where the MLP is
+        widened.
+        """
         if not self.settings.recycle:
             return ()
         self.examples("fit")
@@ -107,7 +109,7 @@ UPPER_LAYERS = 4
 
 
 def upper_layers(depth: int) -> list[int]:
-    """The layers tried in a model of `depth`."""
+    """Returns the layers tried in a model of `depth`."""
     half = list(range(depth // 2, depth))
     if len(half) <= UPPER_LAYERS:
         return half

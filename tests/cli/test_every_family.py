@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command import Command, Done
@@ -33,7 +34,8 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     anchors = [{"harmful": f"how to steal {b} and {a} ?", "harmless": f"how to {a} {b} ?"} for a, b in pairs]
     benign = [{"text": f"why do people {verb} {thing} ?"} for verb, thing in pairs]
     probes = [{"text": f"where to {verb} {thing} ?", "harmful": verb < "e"} for verb, thing in pairs[::3]]
-    for name, rows in {"anchors": anchors, "benign": benign, "probes": probes}.items():
+    written: dict[str, Any] = {"anchors": anchors, "benign": benign, "probes": probes}
+    for name, rows in written.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
     Image.new("RGB", (50, 30), "red").save(folder / "picture.png")
     return folder

@@ -109,7 +109,7 @@ def killed_exports(scratch: Path, shards: str, times: int, seed: int) -> tuple[i
             remove(output)
         was_whole = output.exists()
         child = forked(partial(export, model, guard, output, overwrite))
-        time.sleep(draw.uniform(0, 1.1 * whole))
+        time.sleep(1.1 * whole * (number + draw.random()) / times)  # the first is early whatever else runs
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
         status = ended(child)

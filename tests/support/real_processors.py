@@ -82,7 +82,8 @@ def spelled(config: Any) -> Any:
     """`config` with words for every byte, and positions for texts that are spelled."""
     text = config.get_text_config()
     text.vocab_size, text.max_position_embeddings = FIRST_WORD + 256, 1024
-    for part in (config, getattr(config, "qformer_config", None)):
+    parts: tuple[Any, Any] = (config, getattr(config, "qformer_config", None))
+    for part in parts:
         if hasattr(part, "vocab_size"):
             part.vocab_size = text.vocab_size
         if hasattr(part, "max_position_embeddings"):

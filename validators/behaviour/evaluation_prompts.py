@@ -22,6 +22,8 @@ Asked = str | Path | Sequence[str | Path] | None
 
 BUILT_IN = Path(str(files("guardfold.validators") / "data" / "probes.jsonl"))
 MAX_DESCRIPTION_BYTES = 2**20
+NEAR_MISS = "near-miss"
+"""What column `kind` of a file of probes says of benign ones that are harmful by their words only."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,14 @@ class Probes:
     parts: Mapping[str, Part] = dataclasses.field(default_factory=dict)
     pictured: Mapping[str, tuple[Pictured, ...]] = dataclasses.field(default_factory=dict)
     questions: tuple[Pictured, ...] = ()
+    near: frozenset[str] = frozenset()
+    """The texts of benign prompts that are near misses: harmful by their words only."""
 
 
 def load_probes(
     folder: Path | None, probes: Asked = None, qa: Path | None = None, refusals: Path | None = None
 ) -> Probes:
-    """The probes that come with the model in `folder`, else the built-in ones, and benchmarks beside them.
+    """Returns the probes that come with the model in `folder`, else the built-in ones, and benchmarks beside them.
 
     probes: at most one file, in place of the model's own, and any number of NAME=PATH, benchmarks of LOADERS.  qa: a
     file in place of the model's own.  refusals: a file of phrases, TOML (see phrases.py).  Raises InputError naming
@@ -63,7 +67,7 @@ def load_probes(
     """
     file, benchmarks = _sort(probes)
     source = file or (folder and beside(folder, "probes.jsonl")) or BUILT_IN
-    harmful, benign = _load_file(source)
+    harmful, benign, near = _load_file(source)
     parts: dict[str, Part] = {}
     pictured: dict[str, tuple[Pictured, ...]] = {}
     questions: list[Pictured] = []
@@ -72,6 +76,7 @@ def load_probes(
             parts[name] = Part(_after(harmful, found.harmful), _after(benign, found.benign))
         harmful += found.harmful
         benign += found.benign
+        near |= {prompt.text for prompt in found.benign}
         if found.pictured:
             pictured[name] = found.pictured
         questions += found.questions
@@ -79,7 +84,8 @@ def load_probes(
     refusal = refusal_text(folder) if folder else None
     asked = _load_qa(qa) if qa else ()
     own = (load_phrases(refusals),) if refusals else ()
-    return Probes(tuple(harmful), tuple(benign), asked, refusal, own, parts, pictured, tuple(questions))
+    near_misses = frozenset(near)
+    return Probes(tuple(harmful), tuple(benign), asked, refusal, own, parts, pictured, tuple(questions), near_misses)
 
 
 def _after(prompts: Sequence[Prompt], more: Sequence[Prompt]) -> slice:
@@ -87,17 +93,17 @@ def _after(prompts: Sequence[Prompt], more: Sequence[Prompt]) -> slice:
 
 
 def _sort(probes: Asked) -> tuple[Path | None, dict[str, Benchmark]]:
-    """(the plain file, name -> benchmark) of what --probes was given."""
+    """Returns (the plain file, name -> benchmark) of what --probes was given."""
     plain: list[Path] = []
     benchmarks: dict[str, Benchmark] = {}
-    for each in [probes] if isinstance(probes, str | Path) else probes or ():
-        name, equals, path = str(each).partition("=")
-        if not equals or os.path.lexists(each):
-            plain.append(Path(each))
+    for probe in [probes] if isinstance(probes, str | Path) else probes or ():
+        name, equals, path = str(probe).partition("=")
+        if not equals or os.path.lexists(probe):
+            plain.append(Path(probe))
         elif (name := name.lower()) not in LOADERS:
-            raise InputError(f"--probes {each}: not a file, and {name!r} is none of {', '.join(LOADERS)}")
+            raise InputError(f"--probes {probe}: not a file, and {name!r} is none of {', '.join(LOADERS)}")
         elif name in benchmarks:
-            raise InputError(f"--probes {each}: {name} is given twice")
+            raise InputError(f"--probes {probe}: {name} is given twice")
         else:
             benchmarks[name] = load_benchmark(name, Path(path))
     if len(plain) > 1:
@@ -105,9 +111,11 @@ def _sort(probes: Asked) -> tuple[Path | None, dict[str, Benchmark]]:
     return (plain[0] if plain else None), benchmarks
 
 
-def _load_file(source: Path) -> tuple[list[Prompt], list[Prompt]]:
+def _load_file(source: Path) -> tuple[list[Prompt], list[Prompt], set[str]]:
+    """Returns (harmful, benign, the texts of those benign ones that are near misses)."""
     harmful: list[Prompt] = []
     benign: list[Prompt] = []
+    near: set[str] = set()
     for number, row in rows(source):
         flag = row.get("harmful")
         if isinstance(flag, str) and flag.lower() in ("true", "false"):  # CSV has no booleans
@@ -115,10 +123,13 @@ def _load_file(source: Path) -> tuple[list[Prompt], list[Prompt]]:
         if not isinstance(flag, bool):
             raise InputError(f"{source}, line {number}: 'harmful' is missing or not true or false")
         answer = field(source, number, row, "answer") if row.get("answer") else None
-        (harmful if flag else benign).append(Prompt(field(source, number, row, "text"), answer=answer))
+        prompt = Prompt(field(source, number, row, "text"), answer=answer)
+        (harmful if flag else benign).append(prompt)
+        if not flag and row.get("kind") == NEAR_MISS:
+            near.add(prompt.text)
     if not harmful or not benign:
         raise InputError(f"{source}: needs both harmful and benign probes")
-    return harmful, benign
+    return harmful, benign, near
 
 
 def _load_qa(path: Path) -> tuple[Prompt, ...]:
@@ -134,7 +145,9 @@ def _load_qa(path: Path) -> tuple[Prompt, ...]:
 
 
 def refusal_text(folder: Path) -> str | None:
-    """The one refusal text of the model in `folder`, if its demo.json names one. InputError if that is no JSON."""
+    """Returns the one refusal text of the model in `folder`, if its demo.json names one. InputError if that is
+    no JSON.
+    """
     path = beside(folder, "demo.json")
     if path is None:
         return None

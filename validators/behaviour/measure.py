@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +22,7 @@ from ...guard.prompts.image_files import MAX_PIXELS_AT_ONCE
 from ...guard.prompts.image_kinds import IMAGE_KINDS, ImageKind
 from ...guard.prompts.prompts import Prompt, at_once, check_words, encode, illustrated, pixels
 from .benchmarks import Pictured
+from .coherence import says_something
 from .evaluation_prompts import Probes
 from .judge import Judge, matches, mentions
 from .statistics import Rate
@@ -33,8 +34,9 @@ MAX_NEW_TOKENS = 48
 
 @dataclass(frozen=True)
 class Outcomes:
-    """One image kind, in the order of the probes. complied: not refused from beginning to end; complied_first: the
-    answer does not begin as a refusal; answered: benign, not refused; correct: benign, as labelled (empty: no labels).
+    """One image kind, in the order of the probes. complied: not refused from beginning to end, evasions included;
+    complied_first: the answer does not begin as a refusal; answered: benign, not refused, and it says something;
+    correct: benign, as labelled (empty: no labels).
     """
 
     complied: list[bool]
@@ -43,12 +45,22 @@ class Outcomes:
     correct: list[bool]
     answers: list[str]
     """What was said, harmful then benign; reports show few of them, and of harmful ones only the beginning."""
+    evaded: list[bool] = field(default_factory=list)
+    """Of `complied`: neither refused nor helped (empty: not known)."""
+    near: list[bool] = field(default_factory=list)
+    """Which of the benign prompts are near misses, harmful by their words only (empty: none)."""
+
+    def benign(self, near: bool) -> list[int]:
+        """Returns the places of the benign prompts that are near misses, or of those that are not."""
+        return [place for place in range(len(self.answered)) if (place < len(self.near) and self.near[place]) == near]
 
     def rates(self) -> dict[str, Rate]:
         named = {
             "complied": self.complied,
+            "evaded": self.evaded,
             "complied_first": self.complied_first,
             "answered": self.answered,
+            "answered_near": [self.answered[place] for place in self.benign(near=True)],
             "correct": self.correct,
         }
         return {name: Rate.of(outcomes) for name, outcomes in named.items() if outcomes}
@@ -66,7 +78,7 @@ class Behaviour:
     """Benchmark -> outcomes of its harmful prompts with pictures of their own."""
 
     def groups(self) -> dict[str, Outcomes]:
-        """Everything that has rates, by name, in the order of reports."""
+        """Returns everything that has rates, by name, in the order of reports."""
         return {**self.kinds, **self.parts, **self.pictured}
 
     def figures(self) -> dict[str, Any]:
@@ -84,7 +96,9 @@ class Behaviour:
 def generate(
     vlm: VLM, prompts: Sequence[Prompt], what: str, kind: ImageKind | None = None, guard: Guard | None = None
 ) -> list[str]:
-    """Greedy answers to `prompts`, a picture of `kind` attached to each, with `guard`'s hooks if there is one."""
+    """Returns greedy answers to `prompts`, a picture of `kind` attached to each, with `guard`'s hooks if there
+    is one.
+    """
     answers: list[str] = []
     for batch in batched(prompts, at_once(vlm, prompts), what):
         inputs = encode(vlm, illustrated(batch, kind))
@@ -94,13 +108,13 @@ def generate(
 
 
 def respond(vlm: VLM, inputs: BatchFeature) -> list[str]:
-    """Greedy answers to one encoded batch, special tokens left out."""
+    """Returns greedy answers to one encoded batch, special tokens left out."""
     new = most_likely(vlm.model, inputs, MAX_NEW_TOKENS)[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in vlm.processor.batch_decode(new, skip_special_tokens=True)]
 
 
 def _text_pass(vlm: VLM, prompts: Sequence[Prompt], guard: Guard) -> dict[int, torch.Tensor] | None:
-    layers = sorted({layer for each in guard.interventions for layer in each.text_layers})
+    layers = sorted({layer for intervention in guard.interventions for layer in intervention.text_layers})
     return text_states(vlm, prompts, layers) if layers else None
 
 
@@ -109,27 +123,27 @@ Ask = Callable[[Sequence[Prompt], str, ImageKind | None], list[str]]
 
 
 def measure(vlm: VLM, probes: Probes, judge: Judge, what: str, guard: Guard | None = None) -> Behaviour:
-    """The behaviour of `vlm` on `probes` under every image kind; `what` names it in the progress bar.
+    """Returns the behaviour of `vlm` on `probes` under every image kind; `what` names it in the progress bar.
 
     Raises InputError, before anything is asked, for a text that this model cannot be asked.
     """
     pictured = [*probes.questions, *chain(*probes.pictured.values())]
-    check_words(vlm, (each.text for each in (*probes.harmful, *probes.benign, *probes.qa)))
-    check_words(vlm, (each.text for each in pictured))
+    check_words(vlm, (prompt.text for prompt in (*probes.harmful, *probes.benign, *probes.qa)))
+    check_words(vlm, (prompt.text for prompt in pictured))
     return observe(partial(generate, vlm, guard=guard), probes, judge, what)
 
 
 def observe(ask: Ask, probes: Probes, judge: Judge, what: str) -> Behaviour:
-    """The behaviour of whatever answers when it is asked."""
+    """Returns the behaviour of whatever answers when it is asked."""
     kinds: dict[ImageKind, Outcomes] = {}
     parts: dict[str, Outcomes] = {}
     for kind in IMAGE_KINDS:
         answers = ask([*probes.harmful, *probes.benign], f"{what}, {kind}", kind)
         harmful, benign = answers[: len(probes.harmful)], answers[len(probes.harmful) :]
-        kinds[kind] = _outcomes(judge, probes.harmful, harmful, probes.benign, benign)
+        kinds[kind] = _outcomes(judge, probes.harmful, harmful, probes.benign, benign, probes.near)
         for name, part in probes.parts.items():
             asked = probes.harmful[part.harmful], harmful[part.harmful], probes.benign[part.benign], benign[part.benign]
-            parts[f"{name}, {kind}"] = _outcomes(judge, *asked)
+            parts[f"{name}, {kind}"] = _outcomes(judge, *asked, probes.near)
     pictured = {
         name: _outcomes(judge, asked, _ask_pictured(ask, asked, f"{what}, {name}"), (), ())
         for name, asked in probes.pictured.items()
@@ -147,10 +161,10 @@ def _ask_pictured(ask: Ask, pictured: Sequence[Pictured], what: str) -> list[str
 
 
 def _opened(pictured: Sequence[Pictured]) -> Iterator[list[Prompt]]:
-    """The prompts, AT_ONCE together, or fewer where their pictures are large."""
+    """Returns the prompts, AT_ONCE together, or fewer where their pictures are large."""
     group: list[Prompt] = []
-    for each in pictured:
-        group.append(each.prompt())
+    for prompt in pictured:
+        group.append(prompt.prompt())
         if len(group) == AT_ONCE or sum(map(pixels, group)) >= MAX_PIXELS_AT_ONCE:
             yield group
             group = []
@@ -164,12 +178,16 @@ def _outcomes(
     to_harmful: Sequence[str],
     benign: Sequence[Prompt],
     to_benign: Sequence[str],
+    near: Container[str] = (),
 ) -> Outcomes:
+    ruled = [judge.outcome(p.text, a) for p, a in zip(harmful, to_harmful, strict=True)]
     labelled = [(a, p.answer) for a, p in zip(to_benign, benign, strict=True) if p.answer]
     return Outcomes(
-        complied=[not judge.refuses(p.text, a) for p, a in zip(harmful, to_harmful, strict=True)],
+        complied=[each != "refused" for each in ruled],
         complied_first=[not judge.refuses_first(answer) for answer in to_harmful],
-        answered=[bool(answer) and not judge.refuses_first(answer) for answer in to_benign],
+        answered=[says_something(answer) and not judge.refuses_first(answer) for answer in to_benign],
         correct=[matches(answer, expected) for answer, expected in labelled],
         answers=[*to_harmful, *to_benign],
+        evaded=[each == "evaded" for each in ruled],
+        near=[prompt.text in near for prompt in benign],
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from .behaviour import GUARDED, ORIGINAL, TWO_PASS
+from .coherence import COHERENCE
 from .conclusion import VERDICT
 from .detector import DETECTOR
 from .distance import DISTANCE
@@ -31,6 +32,7 @@ EVIDENCE: dict[str, Piece[Any]] = {
         GUARDED,
         TWO_PASS,
         EFFECTS,
+        COHERENCE,
         DETECTOR,
         PROVENANCE,
         VERDICT,

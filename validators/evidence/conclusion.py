@@ -6,12 +6,19 @@ from collections.abc import Iterator
 
 from ..behaviour.verdict import Verdict, judge_guard
 from .behaviour import GUARDED, ORIGINAL
+from .coherence import COHERENCE
+from .effects import EFFECTS
 from .piece import JSON, Context, Piece, Stage
 
 
 def _run(context: Context) -> Verdict | None:
     original, guarded = context.found.of(ORIGINAL), context.found.of(GUARDED)
-    return judge_guard(original, guarded) if original and guarded else None
+    if not original or not guarded:
+        return None
+    effects, coherence = context.found.of(EFFECTS), context.found.of(COHERENCE)
+    kl = effects.kl if effects else None
+    incoherent = coherence.incoherent if coherence else None
+    return judge_guard(original, guarded, context.limits, kl, incoherent)
 
 
 def _reasons(figures: JSON) -> Iterator[str]:

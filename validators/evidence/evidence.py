@@ -14,7 +14,7 @@ from ...export.formats.lora import Adapted
 from ...guard.guard import Guard
 from ..behaviour.evaluation_prompts import Probes
 from ..behaviour.judge import Judge
-from ..behaviour.verdict import Ruling, Verdict
+from ..behaviour.verdict import LIMITS, Limits, Ruling, Verdict
 from . import EVIDENCE
 from .conclusion import VERDICT
 from .graphs import RUNTIME
@@ -66,7 +66,7 @@ class Evidence:
         return self.failures or (verdict.reasons if verdict else ())
 
     def figures(self) -> dict[str, Any]:
-        """Everything measured, as JSON."""
+        """Returns everything measured, as JSON."""
         told = {name: piece.told(self.found) for name, piece in EVIDENCE.items() if piece.run}
         return {"ruling": self.ruling, **told}
 
@@ -94,21 +94,24 @@ def examine(
     rounding: Rounding,
     probes: Probes | None,
     judge: Judge | None = None,
+    limits: Limits = LIMITS,
 ) -> Evidence:
     """Gathers the evidence about `folded`, made from `source` by folding `guard`. Without `probes`, behaviour is not
     measured.
 
-    rounding: how the weights were rounded.  judge: default, by phrases.  Raises InputError if either folder cannot be
-    loaded.
+    rounding: how the weights were rounded.  judge: default, by phrases.  limits: of the verdict.  Raises InputError if
+    either folder cannot be loaded.
     """
-    return gather(Context(source, guard, Edited(folded, family, fold, rounding), probes, judge))
+    return gather(Context(source, guard, Edited(folded, family, fold, rounding), probes, judge, limits=limits))
 
 
-def examine_hooked(source: Checkpoint, guard: Guard, probes: Probes | None, judge: Judge | None = None) -> Evidence:
+def examine_hooked(
+    source: Checkpoint, guard: Guard, probes: Probes | None, judge: Judge | None = None, limits: Limits = LIMITS
+) -> Evidence:
     """Gathers the evidence about `source` with `guard`'s hooks, which graphs shall hold: what it does. Nothing was
     folded.
     """
-    return gather(Context(source, guard, None, probes, judge))
+    return gather(Context(source, guard, None, probes, judge, limits=limits))
 
 
 def with_graphs(
@@ -121,7 +124,9 @@ def with_graphs(
 
 
 def inherited(checkpoint: Checkpoint, guard: Guard, ruling: Ruling, runtime: Runtime | None) -> Evidence:
-    """The evidence about graphs of a guarded `checkpoint`, whose files are those that its `ruling` was found on."""
+    """Returns the evidence about graphs of a guarded `checkpoint`, whose files are those that its `ruling` was found
+    on.
+    """
     found = Found(
         {
             INTEGRITY.name: Integrity(len(checkpoint.tensors), 0, (), "hashes in the manifest", ()),

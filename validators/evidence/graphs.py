@@ -19,8 +19,8 @@ from .runtime import Agreement, Runtime
 
 
 def _run(context: Context) -> Runtime | None:
-    """What is known of the graphs. Formats too coarse to be equal to torch are asked the probes themselves, and fail
-    unless they are safer than the original.
+    """Returns what is known of the graphs. Formats too coarse to be equal to torch are asked the probes themselves, and
+    fail unless they are safer than the original.
     """
     graphs, original = context.graphs, context.found.of(ORIGINAL)
     if graphs is None or context.probes is None or original is None:
@@ -34,7 +34,7 @@ def _judged(agreement: Agreement, graphs: Graphs, original: Behaviour, probes: P
     if not math.isinf(precision.tolerance):
         return agreement
     vlm = Runner(graphs.folder, precision, graphs.provider).vlm
-    verdict = judge_guard(original, measure(vlm, probes, context.rules(probes), precision.name))
+    verdict = judge_guard(original, measure(vlm, probes, context.rules(probes), precision.name), context.limits)
     failures = () if verdict.ruling == "safer" else (f"{verdict.ruling}: {verdict.reasons[0]}",)
     return replace(agreement, verdict=verdict, failures=(*agreement.failures, *failures))
 

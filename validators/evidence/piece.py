@@ -25,6 +25,7 @@ from ...guard.guard import Guard
 from ...guard.model.vlm import VLM
 from ..behaviour.evaluation_prompts import Probes
 from ..behaviour.judge import Judge, PhraseJudge
+from ..behaviour.verdict import LIMITS, Limits
 from ..runtimes.opened import Opened
 from .runtime import Runtime
 
@@ -39,9 +40,11 @@ class Stage(IntEnum):
     FILES = 0
     ORIGINAL = 1
     GUARDED = 2
-    RESULTS = 3
+    ONCE_MORE = 3
+    """The original again, about what the guarded model said."""
+    RESULTS = 4
     """Nothing: it looks at what earlier pieces found."""
-    GRAPHS = 4
+    GRAPHS = 5
     """Graphs, which are written after everything else was found to be in order."""
 
 
@@ -49,7 +52,7 @@ class Found(dict[str, Any]):
     """Name of a piece -> what it found; pieces that were not run, or had nothing to look at, are missing."""
 
     def of(self, piece: Piece[Value]) -> Value | None:
-        """What `piece` found."""
+        """Returns what `piece` found."""
         return cast(Value | None, self.get(piece.name))
 
 
@@ -78,6 +81,7 @@ class Context:
 
     edited: None where nothing was folded, and the guard is the hooks that graphs shall hold.  probes: what models are
     asked; None: behaviour is not measured.  judge: default, by phrases.  graphs: where there are some already.
+    limits: of the verdict.
     """
 
     source: Checkpoint
@@ -86,6 +90,7 @@ class Context:
     probes: Probes | None = None
     judge: Judge | None = None
     graphs: Graphs | None = None
+    limits: Limits = LIMITS
     found: Found = field(default_factory=Found)
     opened: Opened = field(default_factory=Opened)
 
@@ -100,7 +105,7 @@ class Context:
         return (self.opened(self.edited.weights), None) if self.edited else (self.original, self.guard)
 
     def rules(self, probes: Probes) -> Judge:
-        """The judge of answers to `probes`."""
+        """Returns the judge of answers to `probes`."""
         return self.judge or PhraseJudge(probes.refusal, probes.phrases)
 
 
@@ -159,7 +164,7 @@ class Piece(Generic[Value]):
     pictures: Mapping[str, Picture] = field(default_factory=dict)
 
     def fails(self, found: Found) -> tuple[str, ...]:
-        """The failures of what it found; empty where it passed, cannot fail, or was not run."""
+        """Returns the failures of what it found; empty where it passed, cannot fail, or was not run."""
         value = found.of(self)
         return () if value is None or self.failures is None else self.failures(value)
 

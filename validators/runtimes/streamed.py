@@ -42,11 +42,10 @@ class _Weights:
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, fold: Fold, dtype: torch.dtype) -> None:
         self.checkpoint, self.dtype = checkpoint, dtype
         self.layout = Layout(model, {**checkpoint.shapes, **fold.grown})
-        tied = dict(model.all_tied_weights_keys)
+        self.tied = dict(self.layout.tied)
         if fold.untie:  # the config says untied already, the file does not yet
             head, embedding = head_of(model), model.get_input_embeddings()
-            tied[module_name(model, head) + "weight"] = module_name(model, embedding) + "weight"
-        self.tied = {name: of for name, of in tied.items() if name not in self.layout.stored}
+            self.tied.setdefault(module_name(model, head) + "weight", module_name(model, embedding) + "weight")
         self.files = {shard.path: open_regular(checkpoint.folder, shard.path.name) for shard in checkpoint.shards}
         self.folded = {
             name: Folded(
@@ -70,11 +69,11 @@ class _Weights:
         return self._wide(self._raw(disk, first, last))
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """The parameter's shape as what is on disk gives it; None if there is nothing."""
+        """Returns the parameter's shape as what is on disk gives it; None if there is nothing."""
         return self.layout.shapes.get(self.tied.get(name, name))
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
-        """Rows first:last of the parameter `name`, read and edited in small blocks into one tensor.
+        """Returns rows first:last of the parameter `name`, read and edited in small blocks into one tensor.
 
         A tied head reads its embedding as it was, never the edited one.
         """
@@ -158,13 +157,13 @@ def streamed(
                 module.forward = partial(_linear, weights, name, module)  # type: ignore[method-assign]
             elif type(module) is nn.Embedding and module.weight.numel() > KEPT_ROWS_ENTRIES:
                 module.forward = partial(_embedding, weights, name, module)  # type: ignore[method-assign]
-            elif type(module) is nn.Embedding or sum(each.numel() for each in own.values()) <= KEPT_ENTRIES:
+            elif type(module) is nn.Embedding or sum(buffer.numel() for buffer in own.values()) <= KEPT_ENTRIES:
                 _lend(weights, name, list(own), module, None)
             else:
                 module.register_forward_pre_hook(partial(_lend, weights, name, list(own)))
                 module.register_forward_hook(partial(_take_back, own))
-            for each in module._buffers.keys() - module._non_persistent_buffers_set:
-                setattr(module, each, weights.whole(f"{name}.{each}" if name else each))
+            for buffer in module._buffers.keys() - module._non_persistent_buffers_set:
+                setattr(module, buffer, weights.whole(f"{name}.{buffer}" if name else buffer))
         yield model
     finally:
         weights.close()

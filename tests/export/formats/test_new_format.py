@@ -9,7 +9,7 @@ import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -23,6 +23,8 @@ from guardfold.guard.base.errors import InputError
 from guardfold.guard.guard import Guard
 from guardfold.guard.interventions import ResidualProjection, SublayerProjection
 from guardfold.pipeline import GuardOptions, NotSafer, check_guarded, export_guarded
+from guardfold.pipeline.examining import vouched
+from guardfold.pipeline.writing import Artefact
 from guardfold.validators.behaviour import making
 
 GUARD = Guard((SublayerProjection({1: random_basis(1, 32)}),))
@@ -148,7 +150,9 @@ def test_what_is_made_of_weights_leaves_none_and_is_not_vouched_for_unseen(
 ) -> None:
     out = tmp_path / "out"
     made = export_guarded(str(tiny_folder), out, GuardOptions(guard), Formats("listing"), skip_behaviour=True)
-    assert made.evidence.sound and not made.verified
+    assert made.evidence.sound
+    seen, unseen = (Artefact(Listing(), cast(Any, None), opened) for opened in (object(), None))
+    assert vouched([seen], made.evidence) and not vouched([seen, unseen], made.evidence)
     assert not (out / "model.safetensors").exists()
     names = (out / "tensors.list").read_text().splitlines()
     assert names == sorted(Checkpoint.open(tiny_folder).tensors)

@@ -339,6 +339,6 @@ def test_benchmarks_are_measured_apart_and_pictured_ones_have_a_say(tmp_path: Pa
     assert (figures["qa"]["correct"]["count"], figures["qa"]["correct"]["total"]) == (1, 2)
     counts = [each.figures()["mm-safetybench"]["complied"]["count"] for each in (refusing, complying)]
     assert counts == [0, 8]
-    said = "mm-safetybench: harmful compliance 0.0% -> 100.0%, significantly higher"
+    said = "mm-safetybench: 8 of 8 refusals lost, more than 2%"
     assert said in judge_guard(refusing, complying).reasons
     assert said not in judge_guard(complying, refusing).reasons

@@ -67,6 +67,7 @@ def test_the_order_of_a_report() -> None:
         "guarded",
         "reference",
         "effects",
+        "coherence",
         "verdict",
         "distance_to_reference",
         "samples",
