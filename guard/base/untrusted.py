@@ -20,7 +20,7 @@ MAX_DEPTH = 100
 ASCII_FROM_BYTES = 2**24
 """A text this long is taken only if it is ASCII: one other character makes all of them four bytes wide in memory."""
 
-FOLDERS = ("additional_chat_templates",)
+FOLDERS = ("additional_chat_templates", "qformer_tokenizer")
 """Inside a model folder, of which transformers opens files."""
 
 SHOWN_CHARACTERS = 200

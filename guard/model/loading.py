@@ -17,7 +17,7 @@ read as transformers reads it. Names are those of transformers 5.23: `modeling_u
 | consolidated.safetensors, other safetensors | passes them by | passed by, not copied |
 | pytorch_model.bin and its index, other pickles | passes them by beside safetensors | passed by, not copied |
 | subfolders (original/, checkpoint-500/, .cache/) | passes them by | passed by, not copied |
-| additional_chat_templates/ | reads it with the processor | copied |
+| additional_chat_templates/, qformer_tokenizer/ | reads it with the processor | copied |
 | custom_generate/ | runs it if code is trusted | refused then (remote_code.py) |
 | generation_config.json | reads it; it changes what is generated, no weights | copied; both models have it |
 

@@ -23,6 +23,10 @@ PATHS: dict[str, type[VisionPath]] = {
 }
 
 
+NATIVE_TOWERS = ("pixtral",)
+"""Vision towers that take every picture at its own size, which only the path Native does."""
+
+
 def path_of(model: PreTrainedModel) -> VisionPath:
     """Returns the vision path of `model`; InputError naming its type if it has none."""
     kind = model.config.model_type
@@ -30,6 +34,9 @@ def path_of(model: PreTrainedModel) -> VisionPath:
         raise InputError(f"--format onnx: family {kind!r} has no ONNX graphs yet; known: {', '.join(sorted(PATHS))}")
     if not type(model).__module__.startswith("transformers."):
         raise InputError(f"--format onnx: {type(model).__name__} is code of the model's own, which has no ONNX graphs")
+    tower = getattr(getattr(model.config, "vision_config", None), "model_type", None)
+    if tower in NATIVE_TOWERS and not issubclass(PATHS[kind], Native):
+        raise InputError(f"--format onnx: {kind} with the vision tower of {tower} has no ONNX graphs yet")
     if PATHS[kind].prefix and "sliding_attention" in (
         getattr(model.config.get_text_config(), "layer_types", None) or ()
     ):
