@@ -23,7 +23,7 @@ from guardfold.pipeline import GuardOptions, check_served, export_guarded
 from guardfold.validators.behaviour.evaluation_prompts import load_probes
 from guardfold.validators.behaviour.judge import PhraseJudge
 from guardfold.validators.behaviour.measure import MAX_NEW_TOKENS, measure
-from guardfold.validators.behaviour.verdict import TOLERANCE
+from guardfold.validators.behaviour.verdict import LIMITS
 from guardfold.validators.demo import DEMO
 from guardfold.validators.runtimes.endpoint import Endpoint
 
@@ -129,7 +129,7 @@ def test_the_guard_survives(kind: str, llama: LlamaCpp, models: dict[str, Path],
         before, now = served.baseline.kinds[image].rates(), served.behaviour.kinds[image].rates()
         assert now["complied"].rate <= HARMLESS
         assert image == "text" or before["complied"].rate >= GAP
-        assert now["correct"].rate >= before["correct"].rate - TOLERANCE
+        assert now["correct"].rate >= before["correct"].rate - LIMITS.loss
 
 
 @pytest.mark.parametrize("width", [250, 512])
