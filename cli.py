@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from . import __version__
+from ._version import __version__
 from .guard.base.errors import InputError, Refused
 from .guard.base.untrusted import printable
+from .guard.model.complaints import own_words
 from .options import (
     MODEL_HELP,
     QA,
@@ -42,9 +43,11 @@ from .options import (
     PushTo,
     Rank,
     Rate,
+    RefusalsFile,
     Revision,
     RoundingOption,
     ScopeOption,
+    SettingOption,
     SkipBehaviour,
     SkipRuntime,
     Strength,
@@ -55,7 +58,7 @@ from .options import (
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from .export.formats.formats import Formats
+    from .export.formats import Formats
     from .pipeline import GuardOptions
     from .validators.evidence.evidence import Evidence
 
@@ -113,8 +116,10 @@ def export(
     probes: Probes = None,
     qa: QA = None,
     judge: JudgeOption = None,
+    refusals: RefusalsFile = None,
     skip_behaviour: SkipBehaviour = False,
     formats: FormatOption = "safetensors",
+    settings: SettingOption = None,
     allow_partial: AllowPartial = False,
     onnx_dtype: OnnxDtypes = "fp32",
     onnx_weights: OnnxWeights = "copy",
@@ -165,10 +170,11 @@ def export(
         model,
         output,
         options,
-        _formats(formats, onnx_dtype, onnx_weights, provider, skip_runtime),
+        _formats(formats, onnx_dtype, onnx_weights, provider, skip_runtime, settings or ()),
         probes=probes,
         qa=qa,
         judge=judge,
+        refusals=refusals,
         skip_behaviour=skip_behaviour,
         allow_weaker=allow_weaker,
         strict=strict,
@@ -243,6 +249,7 @@ def check(
     probes: Probes = None,
     qa: QA = None,
     judge: JudgeOption = None,
+    refusals: RefusalsFile = None,
     skip_behaviour: SkipBehaviour = False,
     family: FamilyFile = None,
     endpoint: Annotated[
@@ -275,7 +282,7 @@ def check(
     """
     if endpoint is not None:
         _check_served(
-            endpoint, model, baseline_endpoint, baseline_model, concurrency, folder, probes, qa, judge, report
+            endpoint, model, baseline_endpoint, baseline_model, concurrency, folder, probes, qa, judge, refusals, report
         )
         return
     if folder is None or against is None:
@@ -289,6 +296,7 @@ def check(
         probes=probes,
         qa=qa,
         judge=judge,
+        refusals=refusals,
         skip_behaviour=skip_behaviour,
         family_file=family,
         adapter=adapter,
@@ -309,6 +317,7 @@ def _check_served(
     probes: list[str] | None,
     qa: Path | None,
     judge: str | None,
+    refusals: Path | None,
     report: Path | None,
 ) -> None:
     from .pipeline import check_served
@@ -323,7 +332,9 @@ def _check_served(
     if baseline_model:
         name = "GUARDFOLD_BASELINE_API_KEY" if baseline_url else "GUARDFOLD_API_KEY"
         baseline = Endpoint(baseline_url or url, baseline_model, os.environ.get(name), concurrency)
-    found = check_served(served, baseline=baseline, folder=folder, probes=probes, qa=qa, judge=judge, report=report)
+    found = check_served(
+        served, baseline=baseline, folder=folder, probes=probes, qa=qa, judge=judge, refusals=refusals, report=report
+    )
     columns = {"original": found.baseline} if found.baseline else {}
     _print(render_served({**columns, "served": found.behaviour}, found.verdict))
     if found.verdict and found.verdict.ruling != "safer":
@@ -443,16 +454,22 @@ def _options(**given: Any) -> GuardOptions:
     return GuardOptions(**given)
 
 
-def _formats(names: str, dtype: str, weights: str, provider: str, skip_runtime: bool) -> Formats:
-    from .export.formats.formats import Formats
-    from .export.formats.onnx.layout import WEIGHTS
+def _formats(
+    names: str, dtype: str, weights: str, provider: str, skip_runtime: bool, settings: Sequence[str]
+) -> Formats:
+    from .export.formats import Formats
 
-    _check_choices(("onnx-weights", weights, WEIGHTS))
-    return Formats(names, dtype, cast(Any, weights), provider, skip_runtime)
+    more = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise InputError(f"--set {setting}: give NAME=VALUE")
+        more[name] = value
+    return Formats(names, dtype, cast(Any, weights), provider, skip_runtime, more=more)
 
 
 def _check_choices(*choices: tuple[str, str, Sequence[str]]) -> None:
-    """InputError for the first (option, value, known values) whose value is not known."""
+    """Raises InputError for the first (option, value, known values) whose value is not known."""
     for name, value, known in choices:
         if value not in known:
             raise InputError(f"--{name} {value}: one of {', '.join(known)}")
@@ -487,8 +504,8 @@ def _begin(model: str) -> None:
         print(f"{model}: {ALIASES[model]}", file=sys.stderr)
 
 
-def _one_line(said: object) -> str:
-    return printable(" ".join(str(said).split()), LINE_CHARACTERS) or type(said).__name__
+def _one_line(problem: object) -> str:
+    return printable(" ".join(str(problem).split()), LINE_CHARACTERS) or type(problem).__name__
 
 
 def _open_standard_streams() -> None:
@@ -522,6 +539,8 @@ def main() -> None:
     except OSError as error:
         where = f"{error.filename}: " if error.filename is not None else ""
         status, message, cause = 2, f"error: {_one_line(f'{where}{error.strerror or error}')}", error
+    except ImportError as error:
+        status, message, cause = 2, f"error: a library cannot be imported: {_one_line(own_words(error))}", error
     except Exception as error:
         cause = error
         if hasattr(error, "format_message"):  # what the parser says of a command it cannot take

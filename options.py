@@ -72,10 +72,12 @@ Anchors = Annotated[
 Probes = Annotated[
     list[str] | None,
     typer.Option(
+        "--evaluation-prompts",
+        "--probes",
         metavar="FILE|NAME=PATH",
-        help="Held-out prompts, JSONL or CSV with columns text and harmful (and answer); or a benchmark's own files, "
-        "asked as well: maliciousinstruct, advbench, xstest, jailbreakv, figstep, mm-safetybench, mm-vet, vqa. "
-        "Repeatable. Default: the model folder's own probes.jsonl, else the built-in ones.",
+        help="Held-out evaluation prompts, JSONL or CSV with columns text and harmful (and answer); or files of a "
+        "benchmark, asked as well: maliciousinstruct, advbench, xstest, jailbreakv, figstep, mm-safetybench, mm-vet, "
+        "vqa. Repeatable. Default: the model folder's own probes.jsonl, else the built-in ones.",
     ),
 ]
 QA = Annotated[
@@ -91,6 +93,14 @@ JudgeOption = Annotated[
         "--judge",
         help="A classifier of the Llama Guard kind (folder or hub id) that rules on answers to harmful prompts. "
         "Default: by refusal phrases.",
+    ),
+]
+RefusalsFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--refusals",
+        help="How this model refuses, if not in words that are known: TOML with a list of phrases, refused = [...]; "
+        "also sorry, unless, evaded, turned, before. Phrases of twelve languages are built in.",
     ),
 ]
 FamilyFile = Annotated[
@@ -153,6 +163,14 @@ FormatOption = Annotated[
         "--format",
         help="safetensors, onnx, or both: safetensors,onnx. Or lora: a PEFT adapter of a few MB for the unmodified "
         "model, which holds projections and linear gates.",
+    ),
+]
+SettingOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="A setting of a format that has no option of its own here. Repeatable.",
     ),
 ]
 AllowPartial = Annotated[

@@ -1,6 +1,6 @@
 """The run, from a model to a guarded one: extract -> fold -> check -> publish. What Python users call.
 
-One module a verb; what two of them need lies in sources.py, artefacts.py and results.py.
+One module a verb; what two of them need lies in sources.py, writing.py, examining.py and results.py.
 """
 
 from ..validators.behaviour.making import GuardOptions

@@ -5,28 +5,28 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from .. import __version__
-from ..export.checkpoint.headers import Checkpoint
-from ..export.families.table import family_of
-from ..export.fold import fold
-from ..export.formats.lora import CONFIG_FILE, adapters, without
-from ..export.publish.card import GUARD_FILE, written_rounding
+from .._version import __version__
+from ..export.formats import FORMATS
+from ..export.formats.base import Job
+from ..export.formats.safetensors import Safetensors
+from ..export.publish.manifest import GUARD_FILE, written_rounding
 from ..guard.base.errors import InputError
 from ..guard.base.remote_code import trusting_if_asked
 from ..guard.base.untrusted import is_folder
 from ..guard.guard import Guard
-from ..guard.model.vlm import resolve, threads_for
+from ..guard.model.vlm import threads_for
 from ..validators.behaviour.evaluation_prompts import Asked, load_probes
-from ..validators.behaviour.judge import ModelJudge, PhraseJudge
+from ..validators.behaviour.judge import judge_for
 from ..validators.behaviour.measure import Behaviour, observe
 from ..validators.behaviour.recorded import recall
 from ..validators.behaviour.verdict import Verdict, judge_guard
-from ..validators.evidence.evidence import NOT_MEASURED, Evidence, examine
-from ..validators.runtimes.adapted import Adapted
+from ..validators.evidence.evidence import NOT_MEASURED, Evidence
 from ..validators.runtimes.endpoint import Endpoint
-from .sources import based_on
+from .examining import Examiner
+from .sources import based_on, opened
 
 
 @trusting_if_asked
@@ -37,31 +37,26 @@ def check_guarded(
     probes: Asked = None,
     qa: Path | None = None,
     judge: str | None = None,
+    refusals: Path | None = None,
     skip_behaviour: bool = False,
     family_file: Path | None = None,
     adapter: str | None = None,
     trust_remote_code: bool = False,
 ) -> Evidence:
-    """The evidence about the guarded `folder`, weights or adapters, measured afresh against the model that it was made
-    from; with `adapter`, that is `against` after merging it.
+    """Returns the evidence about the guarded `folder`, weights or adapters, measured afresh against the model that it
+    was made from; with `adapter`, that is `against` after merging it.
 
     Raises InputError if either cannot be loaded or `folder` brings no guard file.
     """
-    base, guard = resolve(against), Guard.load(folder / GUARD_FILE, folder)
+    origin, guard = opened(against, family_file), Guard.load(folder / GUARD_FILE, folder)
     rounding = written_rounding(folder)
-    with based_on(*base, adapter, folder.parent, family_file) as (_, origin), threads_for(origin):
-        checkpoint = Checkpoint.open(origin)
-        family = family_of(checkpoint, family_file)
-        edits = fold(guard, family, checkpoint.shapes, checkpoint.read)
-        folded: Checkpoint | Adapted
-        if (folder / CONFIG_FILE).is_file():
-            edits = without(edits, adapters(checkpoint, family, edits)[1])
-            folded = Adapted(checkpoint, folder)
-        else:
-            folded = Checkpoint.open(folder)
-        asked = None if skip_behaviour else load_probes(origin, probes, qa)
-        decides = ModelJudge(judge) if judge else None
-        return examine(checkpoint, folded, family, guard, edits, rounding, asked, decides)
+    form = next((cls for cls in FORMATS.values() if not cls.derived and cls.found(folder)), Safetensors)()
+    with based_on(origin, adapter, folder.parent) as model, threads_for(model.folder), TemporaryDirectory() as aside:
+        held = form.hold(model, guard)
+        artefact = form.open(Job(model, held, folder, model.checkpoint, Path(aside)))
+        asked = None if skip_behaviour else load_probes(model.folder, probes, qa, refusals)
+        ruling = judge_for(asked.refusal, asked.phrases, judge) if asked else None
+        return Examiner(model, held, rounding, asked, ruling, model.folder).of(artefact)
 
 
 @dataclass(frozen=True)
@@ -74,7 +69,7 @@ class Served:
     verdict: Verdict | None
 
     def figures(self) -> dict[str, Any]:
-        """Everything measured, as JSON; no answers."""
+        """Returns everything measured, as JSON; no answers."""
         return {
             "guardfold": __version__,
             "endpoint": self.endpoint.address,
@@ -94,10 +89,11 @@ def check_served(
     probes: Asked = None,
     qa: Path | None = None,
     judge: str | None = None,
+    refusals: Path | None = None,
     report: Path | None = None,
 ) -> Served:
-    """The behaviour of what an endpoint serves. The verdict is against `baseline`, else against what the report of the
-    exported `folder` has of its original, else there is none.
+    """Returns the behaviour of what an endpoint serves. The verdict is against `baseline`, else against what the report
+    of the exported `folder` has of its original, else there is none.
 
     folder: also brings its own probes.  report: a JSON file to write the figures to.  Raises InputError if the server,
     the probes or the folder cannot be used.
@@ -106,12 +102,12 @@ def check_served(
         raise InputError(f"{folder}: no such folder")
     if report and not is_folder(report.parent):
         raise InputError(f"{report.parent}: no such folder")
-    asked = load_probes(folder, probes, qa)
-    decides = ModelJudge(judge) if judge else PhraseJudge(asked.refusal)
-    before = observe(baseline, asked, decides, "baseline") if baseline else None
-    now = observe(endpoint, asked, decides, "served")
+    asked = load_probes(folder, probes, qa, refusals)
+    ruling = judge_for(asked.refusal, asked.phrases, judge)
+    before = observe(baseline, asked, ruling, "baseline") if baseline else None
+    now = observe(endpoint, asked, ruling, "served")
     if before is None and folder:
-        before = recall(folder, asked, decides.name, now)
+        before = recall(folder, asked, ruling.name, now)
     served = Served(endpoint, now, before, judge_guard(before, now) if before else None)
     if report:
         report.write_text(json.dumps(served.figures(), indent=2) + "\n", encoding="utf-8")

@@ -8,7 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..export.checkpoint.rounding import Rounding
-from ..export.publish.card import GUARD_FILE, AdapterNotes, Source, write_card, write_manifest
+from ..export.formats.base import Notes
+from ..export.publish.card import write_card
+from ..export.publish.manifest import GUARD_FILE, write_manifest
+from ..export.source import Source
 from ..guard.base.remote_code import code_of
 from ..guard.base.untrusted import printable
 from ..guard.guard import Guard
@@ -31,16 +34,15 @@ def describe(
     guard: Guard,
     evidence: Evidence,
     verified: bool,
-    *,
     edits: Mapping[str, Mapping[str, int]],
     options: GuardOptions,
     rounding: Rounding,
-    notes: AdapterNotes | None,
+    notes: Notes,
 ) -> None:
     """Writes report.json, report.html, the model card and the manifest into `folder`, whose other files are complete.
 
     edits: layer -> kind of edit -> number of tensors that have it.  options: what the guard was made with.  notes: what
-    the card says of adapters, where the folder holds those.
+    the format that holds the guard says of itself.
     """
     figures = evidence.figures()
     described = {**guard.provenance, "interventions": guard.describe()}
@@ -56,14 +58,16 @@ def describe(
         verified,
         markdown(figures),
         pictures={GUARD_FILE.with_name(name).as_posix(): caption for name, caption in drawn.items()},
-        command=_command(source, options, notes is not None),
+        command=_command(source, options, notes.again),
         notes=notes,
     )
-    write_manifest(folder, source, guard, rounding, evidence.ruling, verified, figures, notes)
+    write_manifest(folder, source, guard, rounding, evidence.ruling, verified, figures, notes.entries)
 
 
-def _command(source: Source, options: GuardOptions, as_adapter: bool = False) -> str:
-    """What makes the same folder again: options that are not the default, files by their names alone."""
+def _command(source: Source, options: GuardOptions, more: str = "") -> str:
+    """Returns what makes the same folder again: options that are not the default, files by their names alone, and
+    `more`.
+    """
     given = {name: value for name, value in asdict(options).items() if value != getattr(GuardOptions(), name)}
     if "guard" in given and given["guard"] not in presets():
         given["guard"] = GUARD_FILE.as_posix()
@@ -72,6 +76,6 @@ def _command(source: Source, options: GuardOptions, as_adapter: bool = False) ->
         f"--{name.replace('_', '-')} {printable(str(getattr(value, 'name', value)))}" for name, value in given.items()
     ]
     words += [f"--adapter {source.adapter['name']}"] if source.adapter else []
-    words += ["--format lora"] if as_adapter else []
+    words += [more] if more else []
     words += ["--trust-remote-code"] if code_of(source.folder) else []
     return " ".join(["guardfold export --model", model, *words])

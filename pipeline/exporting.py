@@ -1,36 +1,33 @@
-"""guardfold export: extract -> choose -> fold -> check -> publish, or refuse."""
+"""guardfold export: extract -> choose -> write -> examine -> publish, or refuse."""
 
 from __future__ import annotations
 
-import os
-import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from ..export.checkpoint.companions import copy_companions
-from ..export.checkpoint.headers import Checkpoint
-from ..export.checkpoint.rewrite import Writing, rewrite
-from ..export.checkpoint.staging import check_room, staging
-from ..export.families.table import family_of
-from ..export.fold import Fold, fold
-from ..export.formats.formats import Formats
-from ..export.publish.card import GUARD_FILE, MANIFEST, extend_card, extend_manifest
+from ..export.checkpoint.rewrite import Writing
+from ..export.checkpoint.staging import MANIFEST, check_room, staging
+from ..export.formats import Formats
+from ..export.formats.base import Ask, Format, Held
+from ..export.formats.safetensors import Safetensors
+from ..export.model import OpenModel
 from ..export.publish.hub import Target, push
-from ..export.publish.verify import differences, load_manifest
+from ..export.publish.manifest import GUARD_FILE
 from ..guard.base.errors import InputError, Refused
 from ..guard.base.remote_code import trusting_if_asked
-from ..guard.base.untrusted import check_name
 from ..guard.guard import Guard
 from ..guard.model.vlm import resolve, threads_for
 from ..validators.behaviour.evaluation_prompts import Asked, load_probes
-from ..validators.behaviour.judge import ModelJudge
-from ..validators.behaviour.making import GuardOptions, guard_of
-from ..validators.evidence.evidence import examine, examine_hooked, inherited, with_graphs
-from ..validators.runtimes.adapted import Adapted
-from .artefacts import check_adapters, graphs, vouched, weights_place, write_adapters
-from .describing import describe, reports
-from .results import Export, NotSafer, refuse_unsound
-from .sources import based_on, written
+from ..validators.behaviour.judge import judge_for
+from ..validators.behaviour.making import GuardOptions, given_guard, guard_of, kinds_of
+from ..validators.evidence.evidence import Evidence
+from .converting import convert
+from .describing import describe
+from .examining import Examiner, vouched
+from .results import Export, refuse_unsound
+from .sources import based_on, opened, output_for
+from .writing import write_all
 
 
 @trusting_if_asked
@@ -43,6 +40,7 @@ def export_guarded(
     probes: Asked = None,
     qa: Path | None = None,
     judge: str | None = None,
+    refusals: Path | None = None,
     skip_behaviour: bool = False,
     allow_weaker: bool = False,
     strict: bool = False,
@@ -57,116 +55,122 @@ def export_guarded(
     ONNX graphs, or both; or as a PEFT adapter for the unmodified model. Of a folder that is guarded already, graphs are
     written (default ./<name>-onnx).
 
-    allow_partial: write an adapter even if it does not hold all of the guard.  adapter: folder or hub id of a PEFT LoRA
+    allow_partial: write a format even if it does not hold all of the guard.  adapter: folder or hub id of a PEFT LoRA
     adapter that is merged into the model first; what is guarded, and measured against, is then the merged model.
 
-    probes, qa: files that replace the model's own or the built-in ones.  skip_behaviour: measure nothing but soundness
-    and equality; the manifest says NOT VERIFIED.  allow_weaker: publish whatever the verdict; the manifest and the card
-    say NOT VERIFIED.  strict: refuse a fold that is approximate by nature (under post-norms).  overwrite: replace
-    `output`, if guardfold wrote it.  writing: threads, rounding, links.  push_to: where on the hub the finished folder
-    goes as well.  trust_remote_code: run the code that comes with the model, and copy it.  Raises InputError for what
-    cannot be used, and NotSafer, leaving nothing behind, if the result is not safer or not equal to its hooks (the
-    latter is never published).
+    probes, qa: files that replace the model's own or the built-in ones. judge: a classifier that rules on answers,
+    in choosing the guard as well. refusals: a file of phrases of refusal, beside those built in. skip_behaviour:
+    measure nothing but soundness and equality; the manifest says NOT VERIFIED. allow_weaker: publish whatever the
+    verdict; the manifest and the card say NOT VERIFIED. strict: refuse a fold that is approximate by nature (under
+    post-norms). overwrite: replace `output`, if guardfold wrote it. writing: threads, rounding, links. push_to:
+    where on the hub the finished folder goes as well. trust_remote_code: run the code that comes with the model,
+    and copy it. Raises InputError for what cannot be used, and NotSafer, leaving nothing behind, if the result is
+    not safer or not equal to its hooks (the latter is never published).
     """
-    options = options or GuardOptions()
+    options, formats = options or GuardOptions(), formats or Formats()
+    formats = replace(formats, writing=writing or formats.writing)
     if push_to:
         push_to.check()
         if skip_behaviour and not allow_weaker:
             raise InputError("--skip-behaviour: what was not measured is not pushed (--allow-weaker overrides)")
-    folder, name = resolve(model)
-    formats, writing = formats or Formats(), writing or Writing()
-    if formats.has("onnx") and (folder / MANIFEST).is_file():
-        made = _add_graphs(folder, name, output, options, formats, overwrite)
-        return replace(made, url=push(made.folder, push_to, allow_weaker=allow_weaker)) if push_to else made
-    check_adapters(formats, options, adapter, allow_partial)
-    called = resolve(adapter)[1] if adapter else name
-    target = _target(folder, output or f"{called.rpartition('/')[2]}-guarded")
-    with staging(target, overwrite) as stage:
-        with based_on(folder, name, adapter, stage, options.family) as (source, base), threads_for(base):
-            checkpoint = Checkpoint.open(base)
-            family = family_of(checkpoint, options.family)
-            asked = None if skip_behaviour else load_probes(base, probes, qa)
-            decides = ModelJudge(judge) if judge else None
-            if writing.link != "hard" and not formats.has("lora"):
-                check_room(target.parent, checkpoint.data_bytes)
-            guard = guard_of(base, source.title, options)
-            plan, edits, said = formats.plan(guard), Fold({}), None
-            if formats.has("lora"):
-                guard, edits, said = write_adapters(stage, checkpoint, family, guard, source, allow_partial)
-            else:
-                copy_companions(base, stage)
-            (stage / GUARD_FILE).parent.mkdir()
-            guard.save(stage / GUARD_FILE)
-            with weights_place(stage, formats) as place:
-                if plan and plan.traced:
-                    place = base
-                    evidence = examine_hooked(checkpoint, guard, asked, decides)
-                else:
-                    edits = edits if said else fold(guard, family, checkpoint.shapes, checkpoint.read)
-                    if strict and edits.approximate:
-                        raise Refused(f"--strict: {family.model_type}: {edits.approximate}; use --scope sublayers")
-                    if not said:
-                        with written(checkpoint, "folding (MB)") as advance:
-                            rewrite(checkpoint, family, edits, place, advance, writing)
-                        copy_companions(base, place)
-                    folded = Adapted(checkpoint, stage) if said else Checkpoint.open(place)
-                    evidence = examine(checkpoint, folded, family, guard, edits, writing.rounding, asked, decides)
-                    refuse_unsound(evidence, allow_weaker or skip_behaviour)
-                if plan and (runtime := graphs(place, base, stage, plan, guard, formats)):
-                    evidence = with_graphs(evidence, runtime, stage, formats.provider, asked, decides)
-        refuse_unsound(evidence, allow_weaker or skip_behaviour)
-        verified = evidence.ruling == "safer" and (plan is None or vouched(evidence.runtime))
-        describe(
-            stage,
-            source,
-            guard,
-            evidence,
-            verified,
-            edits=edits.per_layer(family),
-            options=options,
-            rounding=writing.rounding,
-            notes=said,
-        )
-    made = Export(target, guard, evidence, verified)
-    return replace(made, url=push(target, push_to, allow_weaker=allow_weaker)) if push_to else made
+    source = opened(model, options.family)
+    if (source.folder / MANIFEST).is_file() and any(form.derived for form in formats.chosen):
+        made = convert(source, formats.chosen, output, options, overwrite)
+    else:
+        terms = _Terms(probes, qa, judge, refusals, skip_behaviour, allow_weaker, strict, allow_partial)
+        made = _guard(source, output, options, formats, adapter, terms, overwrite)
+    return replace(made, url=push(made.folder, push_to, allow_weaker=allow_weaker)) if push_to else made
 
 
-def _target(folder: Path, output: Path | str) -> Path:
-    """`output`. InputError if writing it would replace the model in `folder`."""
-    if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(output)):
-        raise InputError(f"{output}: holds the model itself; choose another --output")
-    return Path(output)
+@dataclass(frozen=True)
+class _Terms:
+    """How a guarded model is judged, and what it must be to be published (see export_guarded)."""
+
+    probes: Asked
+    qa: Path | None
+    judge: str | None
+    refusals: Path | None
+    skip_behaviour: bool
+    allow_weaker: bool
+    strict: bool
+    allow_partial: bool
+
+    def hold(self, form: Format, model: OpenModel, guard: Guard) -> Held:
+        """Returns what `form` holds of `guard`. InputError, or Refused, if that is not as much or as exact as it must
+        be.
+        """
+        held = form.hold(model, guard)
+        if held.left_out and not self.allow_partial:
+            left_out = "; ".join(held.left_out)
+            raise InputError(
+                f"--format {form.name}: {form.parts} do not hold {left_out}; leave it out with --allow-partial"
+            )
+        if self.strict and held.fold.approximate:
+            raise Refused(f"--strict: {model.family.model_type}: {held.fold.approximate}; use --scope sublayers")
+        return held
+
+    def refuse(self, evidence: Evidence) -> None:
+        """Raises NotSafer for what is not equal to its hooks, or not safer where it must be."""
+        refuse_unsound(evidence, self.allow_weaker or self.skip_behaviour)
 
 
-def _add_graphs(
-    folder: Path, name: str, output: Path | str | None, options: GuardOptions, formats: Formats, overwrite: bool
+def _guard(
+    source: OpenModel,
+    output: Path | str | None,
+    options: GuardOptions,
+    formats: Formats,
+    adapter: str | None,
+    terms: _Terms,
+    overwrite: bool,
 ) -> Export:
-    """The guarded `folder` in other formats. Its verdict holds, for its files are those that it was measured with."""
-    if options != GuardOptions():
-        raise InputError(
-            f"{folder}: is guarded already; leave the guard's options out, or give the model it was made of"
-        )
-    check_name(name)
-    manifest = load_manifest(folder, "figures")
-    guard, checkpoint = Guard.load(folder / GUARD_FILE, folder), Checkpoint.open(folder)
-    for difference in differences(folder, manifest):
-        raise InputError(f"{folder / difference}, so it is not what was measured; guard the original model again")
-    plan = formats.plan(guard)
-    assert plan
-    with staging(target := _target(folder, output or f"{name}-onnx"), overwrite) as stage, threads_for(folder):
-        copy_companions(folder, stage)
-        if formats.has("safetensors"):
-            with written(checkpoint, "copying (MB)") as advance:
-                rewrite(checkpoint, family_of(checkpoint), Fold({}), stage, advance)
-        for file in (GUARD_FILE, *reports()):
-            if (folder / file).is_file():
-                (stage / file).parent.mkdir(exist_ok=True)
-                shutil.copyfile(folder / file, stage / file)
-        runtime = graphs(folder, None, stage, plan, guard, formats)
-        evidence = inherited(checkpoint, guard, manifest["verdict"], runtime)
-        if runtime and not runtime.passed:
-            raise NotSafer(evidence)
-        verified = manifest["verified"] and vouched(runtime)
-        extend_card(stage)
-        extend_manifest(stage, manifest, verified, {"runtime": runtime and runtime.figures()})
-    return Export(target, guard, evidence, verified)
+    """Guards `source`, or it after merging `adapter`, and writes it into `output`. What a format cannot hold is refused
+    before any model is run.
+    """
+    given = given_guard(options)
+    kinds = tuple(map(type, given.interventions)) if given else kinds_of(options)
+    ask = Ask(source, kinds, None if given else options.guard, adapter, terms.allow_partial)
+    order = _in_order(formats, ask.in_weights and (given is None or source.holds(given)))
+    for form in order:
+        form.check(ask)
+    if given:
+        terms.hold(order[0], source, given)
+    called = resolve(adapter)[1] if adapter else source.source.name
+    target = output_for(source, output or f"{called.rpartition('/')[2]}-guarded")
+    rounding = formats.writing.rounding
+    with staging(target, overwrite) as stage:
+        with (
+            based_on(source, adapter, stage) as base,
+            threads_for(base.folder),
+            TemporaryDirectory(dir=stage, prefix=".aside-") as aside,
+        ):
+            probes = None if terms.skip_behaviour else load_probes(base.folder, terms.probes, terms.qa, terms.refusals)
+            judge = judge_for(probes.refusal, probes.phrases, terms.judge) if probes else None
+            if room := max(form.room(base.checkpoint) for form in order):
+                check_room(target.parent, room)
+            guard = given or guard_of(base, options, judge)
+            order = _in_order(formats, base.holds(guard))
+            held = terms.hold(order[0], base, guard)
+            (stage / GUARD_FILE).parent.mkdir()
+            held.guard.save(stage / GUARD_FILE)
+            examiner = Examiner(base, held, rounding, probes, judge, base.folder)
+            evidence = examiner.of_hooks() if held.traced else None
+            places = [(form, stage if form in formats.chosen else Path(aside, form.name)) for form in order]
+            artefacts = []
+            for artefact in write_all(places, base, held, Path(aside)):
+                artefacts.append(artefact)
+                if artefact.opened is not None:
+                    evidence = examiner.of(artefact.opened, evidence)
+                    terms.refuse(evidence)
+        assert evidence, "what holds a guard can be opened"
+        verified = evidence.ruling == "safer" and vouched(artefacts, evidence)
+        edits, notes = held.fold.per_layer(base.family), order[0].notes(artefacts[0].job)
+        describe(stage, base.source, held.guard, evidence, verified, edits, options, rounding, notes)
+    return Export(target, held.guard, evidence, verified)
+
+
+def _in_order(formats: Formats, in_weights: bool) -> list[Format]:
+    """Returns the formats in the order in which they are written: before those that are made of weights, weights, which
+    lie aside if nobody asked for them; none where weights cannot hold the guard.
+    """
+    lacking = in_weights and all(form.derived for form in formats.chosen)
+    return [*([Safetensors(formats.writing)] if lacking else []), *formats.chosen]

@@ -9,20 +9,21 @@ from ..guard.base.errors import InputError
 from ..guard.base.remote_code import trusting_if_asked
 from ..guard.base.untrusted import is_file, is_folder
 from ..guard.guard import Guard
-from ..guard.model.vlm import resolve
 from ..guard.presets import presets
 from ..validators.behaviour.making import GuardOptions, guard_of
-from .sources import based_on
+from .sources import based_on, opened
 
 
 @trusting_if_asked
 def extract_guard(model: str, options: GuardOptions | None = None, *, trust_remote_code: bool = False) -> Guard:
-    """The guard that `options` describe: read from a file, or made from `model` (demo, alias, hub id or folder).
+    """Returns the guard that `options` describe: read from a file, or made from `model` (demo, alias, hub id or
+    folder).
 
     Raises InputError for a model or prompts that cannot be used, layers out of range, or a rank above the anchors, and
     Refused if no candidate is within the limits or the detector cannot tell harmful prompts apart.
     """
-    return guard_of(*resolve(model), options or GuardOptions())
+    options = options or GuardOptions()
+    return guard_of(opened(model, options.family), options)
 
 
 @trusting_if_asked
@@ -45,7 +46,7 @@ def extract_to(
         raise InputError(f"{output.parent}: no such folder")
     if options.guard not in presets():
         raise InputError(f"--guard {options.guard}: extraction takes a preset ({', '.join(presets())})")
-    with based_on(*resolve(model), adapter, output.parent, options.family) as (source, base):
-        guard = guard_of(base, source.title, options)
+    with based_on(opened(model, options.family), adapter, output.parent) as base:
+        guard = guard_of(base, options)
     guard.save(output)
     return guard

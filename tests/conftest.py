@@ -49,9 +49,9 @@ def model(tmp_path: Path, tiny_folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def guardfold(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
-    """The command line."""
-    with Command(tmp_path_factory.mktemp("command")) as command:
+def guardfold(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Iterator[Command]:
+    """The command line; the tiny model's processor is tried once for all its runs."""
+    with Command(tmp_path_factory.mktemp("command"), tiny_folder) as command:
         yield command
 
 

@@ -7,17 +7,20 @@ import math
 import os
 import re
 import struct
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from ...guard.base.errors import InputError
-from ...guard.base.untrusted import open_regular, parse_object, read_bytes
-from ...guard.model.vlm import check_weights, read_config
+from ...guard.base.errors import InputError, first_line
+from ...guard.base.untrusted import inside, open_regular, parse_object, read_bytes
+from ...guard.model.vlm import check_weights, meta_model, read_config
 
 MAX_HEADER_BYTES = 100 * 2**20
 """The limit that the safetensors format itself sets for a header."""
@@ -100,7 +103,7 @@ class Shard:
         return json.loads(self.header).get("__metadata__", {})
 
     def check_unchanged(self) -> None:
-        """InputError if the file is no longer the one whose header was read."""
+        """Raises InputError if the file is no longer the one whose header was read."""
         descriptor = open_regular(self.path.parent, self.path.name)
         try:
             header = os.pread(descriptor, len(self.header), 8)
@@ -112,7 +115,9 @@ class Shard:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """config.json and every shard's header of a model folder; data is read on demand, never as a whole."""
+    """config.json and every shard's header of a model folder; data is read on demand, never as a whole. Opened once a
+    run and passed down, for what is worked out from it is kept.
+    """
 
     folder: Path
     config: dict[str, Any]
@@ -121,7 +126,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """The checkpoint in `folder`. InputError in one line for whatever is not as the format says."""
+        """Returns the checkpoint in `folder`. InputError in one line for whatever is not as the format says."""
         config = read_config(folder)
         _refuse_quantised(folder, config)
         check_weights(folder)
@@ -139,6 +144,18 @@ class Checkpoint:
     def tensors(self) -> dict[str, tuple[Shard, TensorInfo]]:
         return {info.name: (shard, info) for shard in self.shards for info in shard.tensors.values()}
 
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The model without its weights (meta_model), to be asked about names and shapes and left as it is.
+
+        Raises InputError if transformers cannot build it.
+        """
+        return meta_model(self.folder)
+
+    def own_model(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        """Returns the same for one who changes it or computes in `dtype`. Raises as above."""
+        return deepcopy(self.model) if dtype == torch.float32 else meta_model(self.folder, dtype)
+
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Tensor's name -> shape."""
@@ -152,13 +169,13 @@ class Checkpoint:
         return self.tensors[name][1]
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
-        """Rows first:last (default all) of tensor `name`, in its own dtype, on the CPU."""
+        """Returns rows first:last (default all) of tensor `name`, in its own dtype, on the CPU."""
         info = self.info(name)
         last = (info.shape[0] if info.shape else 1) if last is None else last
         return as_tensor(self.read_bytes(name, first, last), info)
 
     def read_bytes(self, name: str, first: int, last: int) -> bytearray:
-        """The bytes of rows first:last of tensor `name`."""
+        """Returns the bytes of rows first:last of tensor `name`."""
         shard, info = self.tensors[name]
         descriptor = open_regular(self.folder, shard.path.name)
         try:
@@ -168,15 +185,15 @@ class Checkpoint:
 
 
 def _refuse_quantised(folder: Path, config: dict[str, Any]) -> None:
-    parts = (config, *(part for part in config.values() if isinstance(part, dict)))
-    found = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
-    if found:
+    parts = (part for part in inside(config) if isinstance(part, dict))
+    found = next((each for part in parts if (each := part.get("quantization_config")) is not None), None)
+    if found is not None:
         method = found.get("quant_method") if isinstance(found, dict) else None
         raise InputError(f"{folder}: quantised ({method or 'quantization_config in config.json'}); {QUANTISED}")
 
 
 def as_tensor(data: bytearray, info: TensorInfo) -> Tensor:
-    """The rows of `info`'s tensor that `data` holds, sharing its memory."""
+    """Returns the rows of `info`'s tensor that `data` holds, sharing its memory."""
     rows = len(data) // info.row_bytes if info.row_bytes else info.shape[0]
     shape = (rows, *info.shape[1:]) if info.shape else ()
     if not data:
@@ -185,14 +202,14 @@ def as_tensor(data: bytearray, info: TensorInfo) -> Tensor:
 
 
 def read_row_bytes(descriptor: int, shard: Shard, info: TensorInfo, first: int, last: int) -> bytearray:
-    """Rows first:last of a tensor of the open shard `descriptor`. InputError if the file is cut short."""
+    """Returns rows first:last of a tensor of the open shard `descriptor`. InputError if the file is cut short."""
     data = bytearray((last - first) * info.row_bytes)
     read_exactly(descriptor, memoryview(data), shard.data_start + info.begin + first * info.row_bytes, shard.path)
     return data
 
 
 def read_rows(descriptor: int, shard: Shard, info: TensorInfo, first: int, last: int) -> Tensor:
-    """The same rows as a tensor of their own dtype."""
+    """Returns the same rows as a tensor of their own dtype."""
     return as_tensor(read_row_bytes(descriptor, shard, info, first, last), info)
 
 
@@ -210,16 +227,21 @@ def read_exactly(descriptor: int, into: memoryview, offset: int, path: Path) -> 
 
 
 def read_shard(folder: Path, name: str) -> Shard:
-    """The header of one safetensors file, every entry checked. InputError naming file and tensor otherwise."""
+    """Returns the header of one safetensors file, every entry checked. InputError naming file and tensor otherwise."""
     path = folder / name
     with os.fdopen(open_regular(folder, name), "rb") as file:
         stamp = _stamp(file.fileno())
         header = file.read(header_bytes(file.read(8), stamp.size, str(path)))
-    return Shard(path, header, parse_header(header, stamp.size, str(path)), stamp)
+    tensors = parse_header(header, stamp.size, str(path))
+    try:
+        with safe_open(path, "pt"):
+            return Shard(path, header, tensors, stamp)
+    except Exception as error:  # what is sound here and not there is read by nobody else
+        raise InputError(f"{path}: safetensors does not read it ({first_line(error)})") from error
 
 
 def header_bytes(start: bytes, size: int, where: str) -> int:
-    """How long the header is of a safetensors file of `size` bytes whose first 8 are `start`; it follows them.
+    """Returns how long the header is of a safetensors file of `size` bytes whose first 8 are `start`; it follows them.
 
     InputError that begins with `where` if the file cannot hold it or the format does not allow it.
     """
@@ -230,7 +252,7 @@ def header_bytes(start: bytes, size: int, where: str) -> int:
 
 
 def parse_header(header: bytes, size: int, where: str) -> dict[str, TensorInfo]:
-    """The tensors of a safetensors file of `size` bytes, in the order of their data, every entry checked.
+    """Returns the tensors of a safetensors file of `size` bytes, in the order of their data, every entry checked.
 
     InputError that begins with `where` for whatever is not as the format says.
     """
@@ -278,6 +300,8 @@ def _read_index(folder: Path) -> dict[str, Any]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{path}: no weight_map")
+    if not isinstance(index.get("metadata"), dict):
+        raise InputError(f'{path}: no metadata, without which transformers does not load it; add "metadata": {{}}')
     for name, file_name in weight_map.items():
         if not isinstance(file_name, str) or not re.fullmatch(r"[\w.\-]+\.safetensors", file_name):
             raise InputError(f"{path}: tensor {name!r} is in {file_name!r}, which is not a file of this folder")
@@ -285,7 +309,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
 
 
 def index_shards(folder: Path) -> list[str]:
-    """The names of the files that the index in `folder` lists. InputError if it is not sound."""
+    """Returns the names of the files that the index in `folder` lists. InputError if it is not sound."""
     return sorted(set(_read_index(folder)["weight_map"].values()))
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from transformers.core_model_loading import (
 )
 
 from ...guard.base.errors import InputError
+from .headers import DTYPES, QUANTISED, Checkpoint
 
 Shape = tuple[int, ...]
 
@@ -39,7 +42,8 @@ class Stored:
     alone: bool = True
 
     def axis(self, axis: int, memory: Shape, shapes: Mapping[str, Shape]) -> int | None:
-        """The axis of each tensor on disk that is `axis` of the parameter, of shape `memory`; None if there is none.
+        """Returns the axis of each tensor on disk that is `axis` of the parameter, of shape `memory`; None if there is
+        none.
 
         shapes: tensor's name on disk -> shape.
         """
@@ -66,36 +70,104 @@ class Layout:
     """Every parameter and buffer of a checkpoint by its name in memory, as transformers would load it into `model`.
 
     stored: name in memory -> how it lies on disk.  shapes: name in memory -> the shape that what is on disk gives.
-    disk_shapes: tensor's name on disk -> shape, as it was given.  model: may be on meta.  Raises InputError naming the
-    tensor if transformers could not convert it.
+    tied: name in memory without a tensor -> the stored one that is the same parameter.  expected: the model's own
+    names.  disk_shapes: tensor's name on disk -> shape, as it was given.  model: may be on meta.  Raises InputError
+    naming the tensor if transformers could not convert it.
     """
 
     def __init__(self, model: PreTrainedModel, shapes: Mapping[str, Shape]) -> None:
         transforms = get_model_conversion_mapping(model)
         self._model, self._state = model, model.state_dict(keep_vars=True)
-        self._renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
-        self._converters = [each for each in transforms if isinstance(each, WeightConverter)]
+        self._renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+        self._converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+        self._converter_of = {pattern: each for each in self._converters for pattern in each.source_patterns}
         self._groups: dict[str, tuple[WeightConverter, list[tuple[str, str]]]] = {}
         self._group_of: dict[str, str] = {}
+        self._doubles: list[tuple[str, str, str]] = []
+        self._strangers: list[tuple[str, str]] = []
+        self.expected = frozenset(self._state)
         self.disk_shapes = shapes
         self.stored: dict[str, Stored] = {}
         self.shapes: dict[str, Shape] = {}
         for disk in sorted(shapes, key=dot_natural_key):
             name, pattern = self._renamed(disk)
             if name not in self._state:
-                continue
-            if pattern is None:
-                self.stored[name], self.shapes[name] = Stored((disk,)), shapes[disk]
+                self._strangers.append((disk, name))
+            elif pattern is None:
+                self._store(name, Stored((disk,)), shapes[disk])
             else:
-                converter = next(each for each in self._converters if pattern in each.source_patterns)
-                self._groups.setdefault(name, (converter, []))[1].append((disk, pattern))
+                self._groups.setdefault(name, (self._converter_of[pattern], []))[1].append((disk, pattern))
         for first, (converter, sources) in self._groups.items():
+            self._doubles += [(*pair, first) for pair in _twice(sources)]
             made = self._convert(first, lambda disk: torch.empty(shapes[disk], device="meta"))
+            disks = tuple(disk for disk, _ in sources)
             for name, tensor in made.items():
-                self.shapes[name] = tuple(tensor.shape)
-                disks = tuple(disk for disk, _ in sources)
-                self.stored[name] = Stored(disks, tuple(converter.operations), len(made) == 1)
+                self._store(name, Stored(disks, tuple(converter.operations), len(made) == 1), tuple(tensor.shape))
                 self._group_of[name] = first
+        same = {id(self._state[name]): name for name in reversed(self.stored) if name in self._state}
+        self.tied = {
+            name: same[id(tensor)]
+            for name, tensor in self._state.items()
+            if name not in self.stored and id(tensor) in same
+        }
+
+    def _store(self, name: str, stored: Stored, shape: Shape) -> None:
+        if name in self.stored:
+            self._doubles.append((self.stored[name].disk[0], stored.disk[0], name))
+        else:
+            self.stored[name], self.shapes[name] = stored, shape
+
+    def faults(self) -> Iterator[str]:
+        """Returns what of the tensors on disk transformers would not load as they lie there, a line each.
+
+        Two that are one parameter; one of another shape than the model's; parameters and buffers that get none, which
+        it would fill with random numbers; and tensors that are nothing of the model's, unless its class expects them.
+        """
+        for one, other, name in self._doubles:
+            yield (
+                f"tensors {one!r} and {other!r} are both {name}, of which transformers takes one; "
+                "leave one of them out (load and save_pretrained with transformers does)"
+            )
+        for name, shape in self.shapes.items():
+            wanted = tuple(self._state[name].shape) if name in self._state else shape
+            if shape != wanted:
+                disk, *more = self.stored[name].disk
+                has = f"has shape {list(self.disk_shapes[disk])}" if not more else f"and {len(more)} more are {name}"
+                yield f"tensor {disk!r} {has}, config.json says {list(wanted)}"
+        missing, strangers = self._unmatched()
+        for name in missing:
+            at_hand = f" ({strangers[0]!r} is none of the model's)" if strangers else ""
+            at_hand += ", which config.json does not tie" if name in (self._model._tied_weights_keys or ()) else ""
+            yield f"no tensor for {name}{at_hand}; transformers would fill it with random numbers"
+        for disk in strangers:
+            yield (
+                f"tensor {disk!r} is none of the model's that config.json describes; transformers would leave it out: "
+                "correct config.json, or remove the tensor"
+            )
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Raises InputError naming the first of the faults, and what is no number of the kind that the model computes
+        with, of `checkpoint`, whose tensors these are.
+        """
+        dtypes = (
+            f"tensor {disk!r} is {checkpoint.info(disk).dtype}; {QUANTISED}"
+            for name, stored in self.stored.items()
+            if name in self._state and self._state[name].is_floating_point()
+            for disk in stored.disk
+            if not DTYPES[checkpoint.info(disk).dtype].is_floating_point
+        )
+        first, *others = [*self.faults(), *dtypes] or [""]
+        if first:
+            raise InputError(f"{checkpoint.folder}: {first}" + (f" (and {len(others)} more)" if others else ""))
+
+    def _unmatched(self) -> tuple[list[str], list[str]]:
+        """Returns (parameters and buffers in memory without a tensor, tensors on disk without a place in memory), but
+        for what transformers expects to be left over.
+        """
+        found: Any = SimpleNamespace(missing_keys=set(), unexpected_keys={name for _, name in self._strangers})
+        self._model._adjust_missing_and_unexpected_keys(found)
+        missing = [name for name in self._state if name not in self.stored and name not in self.tied]
+        return missing, [disk for disk, name in self._strangers if name in found.unexpected_keys]
 
     def _renamed(self, disk: str) -> tuple[str, str | None]:
         prefix = self._model.base_model_prefix
@@ -121,7 +193,7 @@ class Layout:
         return self._convert(self._group_of[name], read)[name] if stored.operations else read(stored.disk[0])
 
     def disk_name(self, memory: str, candidates: Iterable[str]) -> str | None:
-        """The first of `candidates` that transformers would load as `memory`, as it is."""
+        """Returns the first of `candidates` that transformers would load as `memory`, as it is."""
         return next((name for name in candidates if self._renamed(name) == (memory, None)), None)
 
     @property
@@ -130,6 +202,18 @@ class Layout:
         return {memory: stored.disk[0] for memory, stored in self.stored.items() if not stored.operations}
 
     def plain(self, memory: str) -> str | None:
-        """The one tensor on disk that is parameter `memory` just as it is; None if there is none."""
+        """Returns the one tensor on disk that is parameter `memory` just as it is; None if there is none."""
         stored = self.stored.get(memory)
         return stored.disk[0] if stored and not stored.operations else None
+
+
+def _twice(sources: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Returns those of (tensor on disk, pattern that it matched) that are the same part of what they are joined to: the
+    same pattern, and the same numbers (of layer and expert) in their names.
+    """
+    seen: dict[tuple[str, ...], str] = {}
+    for disk, pattern in sources:
+        part = (pattern, *filter(str.isdigit, disk.split(".")))
+        if part in seen:
+            yield seen[part], disk
+        seen.setdefault(part, disk)

@@ -17,7 +17,7 @@ AT_ONCE = 8
 """Headers that are asked for at the same time."""
 
 
-def hollow_copy(hub_id: str, revision: str | None, to: Path) -> Path:
+def headers_only_copy(hub_id: str, revision: str | None, to: Path) -> Path:
     """Fills the empty folder `to` with what is known of a repository without its weights, and returns it: configs,
     index and files as long as the real ones that begin with their headers, the rest being holes.
 
@@ -28,25 +28,33 @@ def hollow_copy(hub_id: str, revision: str | None, to: Path) -> Path:
         snapshot = download_config(hub_id, revision)
         for path in filter(Path.is_file, snapshot.iterdir()):
             shutil.copyfile(path.resolve(), to / path.name)
-        names = index_shards(to) if (to / INDEX_FILE).is_file() else [SINGLE_FILE]
         files, commit = HfFileSystem(), snapshot.name
+        single = not (to / INDEX_FILE).is_file() or _size(files, f"{hub_id}@{commit}/{SINGLE_FILE}") is not None
+        names = [SINGLE_FILE] if single else index_shards(to)
         with ThreadPoolExecutor(AT_ONCE) as pool, ExitStack() as stack:
             stack.callback(pool.shutdown, cancel_futures=True)
-            for _ in pool.map(lambda name: _hollow(files, f"{hub_id}@{commit}/{name}", to / name), names):
+            for _ in pool.map(lambda name: _headers_only(files, f"{hub_id}@{commit}/{name}", to / name), names):
                 pass
     return to
 
 
-def _hollow(files: HfFileSystem, remote: str, local: Path) -> None:
+def _headers_only(files: HfFileSystem, remote: str, local: Path) -> None:
     def ranged(first: int, last: int) -> bytes:
         return retried(lambda: files.cat_file(remote, start=first, end=last, cache_type="none"))
 
-    try:
-        size = files.info(remote)["size"]
-    except FileNotFoundError as error:
-        raise InputError(f"{remote}: no such file there; only safetensors checkpoints are read") from error
+    size = _size(files, remote)
+    if size is None:
+        raise InputError(f"{remote}: no such file there; only safetensors checkpoints are read")
     start = ranged(0, 8)
     length = header_bytes(start, size, remote)
     with local.open("wb") as file:
         file.write(start + ranged(8, 8 + length))
         file.truncate(size)
+
+
+def _size(files: HfFileSystem, remote: str) -> int | None:
+    """Returns how long the file is; None if there is none."""
+    try:
+        return retried(lambda: files.info(remote))["size"]
+    except FileNotFoundError:
+        return None

@@ -10,10 +10,12 @@ from huggingface_hub.utils import validate_repo_id
 
 from ...guard.base.errors import InputError, Refused
 from ...guard.base.hub import LOGIN, hub_errors, is_hub_id, retried
-from .verify import ATTRIBUTES, NOT_OURS, differences, load_manifest
+from ..formats import FORMATS
+from .manifest import load_manifest
+from .verify import ATTRIBUTES, NOT_OURS, differences
 
-STALE = ["*.safetensors", "*.onnx", "*.onnx_data", "*.index.json", "*.bin", "*.pt", "*.pth", "*.gguf", "*.py"]
-"""What an earlier version may have left in the repository and this one does not have: it would not be verified."""
+STALE = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.py"]
+"""What an earlier version may have left in the repository besides the files of formats: it would not be verified."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def push(folder: Path, target: Target, *, allow_weaker: bool = False) -> str:
                 commit_message=f"guardfold {manifest.get('guardfold', '')}: {manifest['verdict']}",
                 revision=target.revision,
                 create_pr=target.create_pr or None,
-                delete_patterns=STALE,
+                delete_patterns=[*(pattern for cls in FORMATS.values() for pattern in cls.files), *STALE],
                 ignore_patterns=[ATTRIBUTES, *(f"{name}/**" for name in NOT_OURS)],
             )
         )

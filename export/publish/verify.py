@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...guard.base.errors import InputError
 from ...guard.base.hub import download_everything, is_hub_id, split_revision
-from ...guard.base.untrusted import is_folder, parse_object, printable, read_bytes
-from .card import MANIFEST, MAX_MANIFEST_BYTES, NOT_READ, file_hashes
-
-NEEDED = {"files": dict, "verdict": str, "verified": bool}
-"""What no manifest is without, and of what kind."""
-
-KINDS = {**NEEDED, "source": dict, "figures": dict}
-"""Of what kind the parts are that are used, where there are any."""
+from ...guard.base.untrusted import is_folder, printable
+from .manifest import NOT_READ, file_hashes, load_manifest
 
 NOT_OURS = (".git", ".cache")
 """Folders that git and huggingface_hub keep in a checkout or a download."""
@@ -34,7 +27,7 @@ class Verification:
     differences: list[str]
 
     def __str__(self) -> str:
-        """What a verified folder is, in a line."""
+        """Returns what a verified folder is, in a line."""
         source = self.manifest.get("source", {})
         commit = f" at commit {printable(str(source['revision']))}" if source.get("revision") else ""
         model = printable(str(source.get("model", "unknown")))
@@ -61,29 +54,8 @@ def verify(name: str) -> Verification:
     return Verification(folder, manifest, differences(folder, manifest))
 
 
-def load_manifest(folder: Path, *more: str) -> dict[str, Any]:
-    """guardfold.json of `folder`: at least `files` (path -> SHA-256), `verdict`, `verified`, and what `more` names.
-    InputError otherwise.
-    """
-    path, needed = folder / MANIFEST, (*NEEDED, *more)
-    if not os.path.lexists(path):
-        raise InputError(f"{folder}: no {MANIFEST}; give a folder or a hub id that `guardfold export` made")
-    manifest = parse_object(read_bytes(folder, MANIFEST, MAX_MANIFEST_BYTES), str(path))
-    for name in needed:
-        if name not in manifest:
-            raise InputError(f"{path}: not a manifest that guardfold wrote (it needs {', '.join(needed)})")
-    for name, kind in KINDS.items():
-        if name in manifest and not isinstance(manifest[name], kind):
-            raise InputError(
-                f"{path}: not a manifest that guardfold wrote (its {name} is a {type(manifest[name]).__name__})"
-            )
-    if printable(manifest["verdict"]) != manifest["verdict"]:
-        raise InputError(f"{path}: not a manifest that guardfold wrote (verdict {printable(manifest['verdict'])})")
-    return manifest
-
-
 def differences(folder: Path, manifest: dict[str, Any]) -> list[str]:
-    """What is not as it was measured, a line each: files that differ, are missing, or were added."""
+    """Returns what is not as it was measured, a line each: files that differ, are missing, or were added."""
     recorded, found = manifest["files"], file_hashes(folder)
     both = sorted(recorded.keys() & found.keys())
     differ = [path for path in both if found[path] != NOT_READ and found[path] != recorded[path]]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
@@ -13,13 +14,15 @@ CONSOLE = Console(stderr=True)
 
 
 def bar() -> Progress:
-    """A progress display on standard error that leaves nothing behind, and shows nothing where that is no terminal."""
+    """Returns a progress display on standard error that leaves nothing behind, and shows nothing where that is no
+    terminal.
+    """
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     return Progress(*columns, console=CONSOLE, transient=True, disable=not CONSOLE.is_terminal)
 
 
 def track(items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
-    """`items` one by one, under a progress bar named `what`."""
+    """Returns `items` one by one, under a progress bar named `what`."""
     if total is None and isinstance(items, Sequence):
         total = len(items)
     with bar() as progress:
@@ -27,10 +30,25 @@ def track(items: Iterable[Item], what: str, total: int | None = None) -> Iterato
 
 
 def batched(items: Sequence[Item], size: int, what: str) -> Iterator[Sequence[Item]]:
-    """`items` in batches of `size`, under a progress bar that counts items."""
+    """Returns `items` in batches of `size`, under a progress bar that counts items."""
     with bar() as progress:
         task = progress.add_task(what, total=len(items))
         for start in range(0, len(items), size):
             batch = items[start : start + size]
             yield batch
             progress.advance(task, len(batch))
+
+
+@contextmanager
+def megabytes(total: int, what: str) -> Iterator[Callable[[int], None]]:
+    """A progress bar over `total` bytes, named `what`: to be called with the number of those just done."""
+    with bar() as progress:
+        task = progress.add_task(f"{what} (MB)", total=total >> 20)
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            progress.update(task, completed=done >> 20)
+
+        yield advance

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from .errors import InputError
-from .untrusted import parse_object, read_bytes
+from .untrusted import inside, parse_object, read_bytes
 
 CONFIG_FILES = (
     *("config.json", "tokenizer_config.json", "processor_config.json"),
@@ -42,7 +42,7 @@ _trusted: ContextVar[bool] = ContextVar("trusted", default=False)
 
 
 def trusted() -> bool:
-    """Whether the code that comes with a model may be run now, in this thread."""
+    """Tells whether the code that comes with a model may be run now, in this thread."""
     return _trusted.get()
 
 
@@ -59,7 +59,9 @@ def trusting(allowed: bool) -> Iterator[None]:
 
 
 def trusting_if_asked(function: Callable[Params, Result]) -> Callable[Params, Result]:
-    """`function`, during whose calls a model's own code may be run if their keyword trust_remote_code says so."""
+    """Returns `function`, during whose calls a model's own code may be run if their keyword trust_remote_code
+    says so.
+    """
 
     @wraps(function)
     def call(*args: Params.args, **kwargs: Params.kwargs) -> Result:
@@ -76,7 +78,7 @@ def code_of(folder: Path) -> dict[str, list[str]]:
         if os.path.lexists(folder / name):
             entries = [each["auto_map"] for each in _objects(folder, name) if "auto_map" in each]
             if entries:
-                found[name] = [text for text in _inside(entries) if isinstance(text, str)]
+                found[name] = [text for text in inside(entries) if isinstance(text, str)]
     return found
 
 
@@ -88,13 +90,15 @@ def _config_files(folder: Path) -> Iterator[str]:
 
 
 def _objects(folder: Path, name: str) -> Iterator[dict[str, Any]]:
-    """The object in the JSON file `name` of `folder` and every object in it."""
+    """Returns the object in the JSON file `name` of `folder` and every object in it."""
     held = parse_object(read_bytes(folder, name, MAX_CONFIG_BYTES), str(folder / name))
-    return (each for each in _inside(held) if isinstance(each, dict))
+    return (each for each in inside(held) if isinstance(each, dict))
 
 
 def check_code(folder: Path) -> None:
-    """InputError if a config file of `folder` names code that is not trusted, or anything not in the folder itself."""
+    """Raises InputError if a config file of `folder` names code that is not trusted, or anything not in the folder
+    itself.
+    """
     _refuse_audio(folder)
     _refuse_kernels(folder)
     named = code_of(folder)
@@ -127,7 +131,7 @@ def _refuse_audio(folder: Path) -> None:
 def _refuse_kernels(folder: Path) -> None:
     for name in filter(lambda each: os.path.lexists(folder / each), _config_files(folder)):
         for key, value in (item for each in _objects(folder, name) for item in each.items()):
-            repository = next((text for text in _inside(value) if isinstance(text, str) and "/" in text), None)
+            repository = next((text for text in inside(value) if isinstance(text, str) and "/" in text), None)
             if key.endswith(IMPLEMENTATION) and repository:
                 raise InputError(
                     f"{folder / name}: {key} names code on the hub ({repository}), which is never fetched; remove it"
@@ -145,12 +149,3 @@ def _check_reference(folder: Path, where: Path, reference: str) -> None:
         raise InputError(f"{where}: auto_map names {reference!r}, which is no module.Class of the folder")
     if not (folder / f"{match[1]}.py").is_file():
         raise InputError(f"{where}: auto_map names {reference}, but the folder has no {match[1]}.py")
-
-
-def _inside(value: Any) -> Iterator[Any]:
-    """`value` and everything in it, at any depth."""
-    waiting = [value]
-    while waiting:
-        each = waiting.pop()
-        yield each
-        waiting += each.values() if isinstance(each, dict) else each if isinstance(each, list) else ()

@@ -9,7 +9,7 @@ from functools import cached_property
 from torch import Tensor
 
 from ..base.errors import InputError
-from ..model.roles import mlp_parts
+from ..model.roles import mlp_parts, skipped_on_text
 from ..model.vlm import VLM
 from ..prompts.prompts import Anchors, Prompt
 from .calibration import Examples, Part, Role, deal, examples
@@ -62,22 +62,24 @@ class Material:
     @cached_property
     def directions(self) -> Directions:
         """The steering directions of every layer, from the fit part."""
-        return extract(self.vlm, self.parts["fit"].anchors, range(self.depth), self.settings.rank)
+        return extract(self.vlm, self.parts["fit"].anchors, range(self.depth), self.settings.rank, every=True)
 
     @cached_property
     def tried(self) -> list[int]:
-        """The layers tried for something that the MLP writes: of the upper half, those with a dense MLP, evenly spaced.
-
-        InputError if there are none.
+        """The layers tried for something that the MLP writes: of the upper half, evenly spaced, those with a dense MLP
+        that every prompt passes. InputError if there are none.
         """
-        tried = [layer for layer in upper_layers(self.depth) if layer in self.dense]
+        skipped = skipped_on_text(self.vlm.model)
+        tried = [layer for layer in upper_layers(self.depth) if layer in self.dense and layer not in skipped]
         if not tried:
             kind = self.vlm.model.config.model_type
             raise InputError(f"{kind}: no upper layer has a dense MLP; a gate cannot be folded there")
         return tried
 
     def examples(self, role: Role, neurons: bool = False) -> dict[int, Examples]:
-        """layer -> examples of a part: what the MLPs of the tried layers read or, with `neurons`, their neurons."""
+        """Returns layer -> examples of a part: what the MLPs of the tried layers read or, with `neurons`, their
+        neurons.
+        """
         if (role, neurons) not in self._examples:
             usage = self._usage if role == "fit" and not neurons else None
             self._examples[role, neurons] = examples(self.vlm, self.parts[role], self.tried, role, usage, neurons)
@@ -90,7 +92,9 @@ class Material:
         return biased or (not self.settings.recycle and self.gains_biases)
 
     def places(self, layer: int, count: int) -> tuple[int, ...]:
-        """The `count` least used neurons of a layer, where neurons are recycled; none where the MLP is widened."""
+        """Returns the `count` least used neurons of a layer, where neurons are recycled; none where the MLP is
+        widened.
+        """
         if not self.settings.recycle:
             return ()
         self.examples("fit")
@@ -105,7 +109,7 @@ UPPER_LAYERS = 4
 
 
 def upper_layers(depth: int) -> list[int]:
-    """The layers tried in a model of `depth`."""
+    """Returns the layers tried in a model of `depth`."""
     half = list(range(depth // 2, depth))
     if len(half) <= UPPER_LAYERS:
         return half

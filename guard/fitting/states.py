@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -13,7 +13,7 @@ from transformers import BatchFeature
 
 from ..base.errors import InputError
 from ..base.progress import batched
-from ..model.roles import decoder_layers, output_tensor
+from ..model.roles import decoder_layers, output_tensor, skipped_on_text
 from ..model.vlm import VLM, running
 from ..prompts.image_kinds import ImageKind
 from ..prompts.prompts import Prompt, at_once, encode, illustrated, positions
@@ -55,23 +55,37 @@ def forward(model: Any, batch: BatchFeature, **options: Any) -> Any:
 
 @torch.inference_mode()
 def batch_states(vlm: VLM, prompts: Sequence[Prompt], layers: Sequence[int]) -> dict[int, Tensor]:
-    """layer -> h_l of the last prompt token, [len(prompts), d] float32, in one batch; the head never runs."""
+    """Returns layer -> h_l of the last prompt token, [len(prompts), d] float32, in one batch; the head never runs.
+
+    A layer that a pass without a picture skips leaves the stream as the one below it left it.
+    """
     states: dict[int, Tensor] = {}
     every = decoder_layers(vlm.model)
-    with _capturing({layer: every[layer] for layer in layers}, states):
+    skipped = frozenset() if prompts[0].image else skipped_on_text(vlm.model)
+    run = {layer: _uppermost(layer, skipped) for layer in layers}
+    with _capturing({layer: every[layer] for layer in run.values()}, states):
         forward(vlm.model.base_model, encode(vlm, prompts), use_cache=False)
-    return states
+    return {layer: states[below] for layer, below in run.items()}
+
+
+def _uppermost(layer: int, skipped: Set[int]) -> int:
+    """Returns the uppermost layer up to `layer` that runs. InputError if none does."""
+    for each in range(layer, -1, -1):
+        if each not in skipped:
+            return each
+    raise InputError(f"layer {layer}: without a picture neither it nor any below it runs; leave it out of --layers")
 
 
 def text_states(vlm: VLM, prompts: Sequence[Prompt], layers: Sequence[int]) -> dict[int, Tensor]:
-    """layer -> h_l(q): the states of `prompts` with their images left out (TwoPass's second pass)."""
+    """Returns layer -> h_l(q): the states of `prompts` with their images left out (TwoPass's second pass)."""
     return batch_states(vlm, [replace(prompt, image=None) for prompt in prompts], layers)
 
 
 def prompt_states(
     vlm: VLM, prompts: Sequence[Prompt], layers: Sequence[int], what: str, kind: ImageKind | None = None
 ) -> dict[int, Tensor]:
-    """layer -> h_l of the last prompt token, [len(prompts), d], float32 on the CPU; a progress bar named `what`.
+    """Returns layer -> h_l of the last prompt token, [len(prompts), d], float32 on the CPU; a progress bar named
+    `what`.
 
     A picture of `kind` is attached to each prompt.
 
@@ -81,8 +95,8 @@ def prompt_states(
         batch_states(vlm, illustrated(batch, kind), layers) for batch in batched(prompts, at_once(vlm, prompts), what)
     ]
     states = {layer: torch.cat([part[layer].cpu() for part in parts]) for layer in layers}
-    for layer, each in states.items():
-        if not torch.isfinite(each).all():
+    for layer, state in states.items():
+        if not torch.isfinite(state).all():
             raise InputError(
                 f"layer {layer}: NaN or Inf in the hidden states; are the weights sound, and is the dtype wide enough?"
             )

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature
 
+from ..base.errors import InputError
 from ..base.progress import batched
-from ..model.roles import decoder_layers, mlp_parts
-from ..model.vlm import VLM, image_token_of, running
-from ..prompts.image_kinds import ImageKind
+from ..model.greedy import most_likely
+from ..model.roles import decoder_layers, mlp_parts, skipped_on_text
+from ..model.vlm import VLM, image_token_of
+from ..prompts.image_kinds import TEXT, ImageKind
 from ..prompts.prompts import Prompt, at_once, encode, illustrated
 from .states import forward
 
@@ -39,8 +41,13 @@ class Transcripts:
     kind: ImageKind | None = None
 
     def under(self, kind: ImageKind) -> Transcripts:
-        """The same prompts and answers with pictures of `kind`."""
+        """Returns the same prompts and answers with pictures of `kind`."""
         return Transcripts(self.prompts, self.answers, kind)
+
+    @property
+    def pictured(self) -> bool:
+        """Whether they come with pictures, of a kind or their own."""
+        return self.kind not in (None, TEXT) or any(prompt.image for prompt in self.prompts)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -50,14 +57,13 @@ class Transcripts:
 def answer(
     vlm: VLM, prompts: Sequence[Prompt], what: str, kind: ImageKind | None = None, tokens: int = 24
 ) -> Transcripts:
-    """`prompts` with the model's own greedy answers, up to `tokens` each, cut after the end of sequence."""
+    """Returns `prompts` with the model's own greedy answers, up to `tokens` each, cut after the end of sequence."""
     model: Any = vlm.model
     answers: list[tuple[int, ...]] = []
     for batch in batched(prompts, at_once(vlm, prompts), what):
         inputs = encode(vlm, illustrated(batch, kind))
-        with running(model):
-            made = model.generate(**inputs, do_sample=False, max_new_tokens=tokens, suppress_tokens=_never_said(model))
-            new = made[:, inputs["input_ids"].shape[1] :]
+        made = most_likely(model, inputs, tokens, suppress_tokens=_never_said(model))
+        new = made[:, inputs["input_ids"].shape[1] :]
         answers += [tuple(_until_end(vlm, row)) for row in new.tolist()]
     return Transcripts(tuple(prompts), tuple(answers), kind)
 
@@ -71,7 +77,7 @@ def _until_end(vlm: VLM, row: Sequence[int]) -> Iterator[int]:
 
 
 def _never_said(model: Any) -> list[int] | None:
-    """The word that stands for an image feature, which is no word of an answer."""
+    """Returns the word that stands for an image feature, which is no word of an answer."""
     token = image_token_of(model.config)
     return None if token < 0 else [token]
 
@@ -84,7 +90,7 @@ class Page:
     start: int
 
     def places(self, image_token: int) -> Tensor:
-        """[batch, positions] of Place; -1 where there is padding."""
+        """Returns [batch, positions] of Place; -1 where there is padding."""
         ids, mask = self.inputs["input_ids"], self.inputs["attention_mask"].bool()
         places = torch.full_like(ids, Place.TEXT)
         places[ids == image_token] = Place.IMAGE
@@ -94,7 +100,7 @@ class Page:
 
 
 def pages(vlm: VLM, transcripts: Transcripts, what: str) -> Iterator[Page]:
-    """The transcripts in batches, under a progress bar named `what`."""
+    """Returns the transcripts in batches, under a progress bar named `what`."""
     pad, image_token = vlm.processor.tokenizer.pad_token_id, image_token_of(vlm.model.config)
     for rows in batched(range(len(transcripts)), at_once(vlm, transcripts.prompts), what):
         batch = encode(vlm, illustrated([transcripts.prompts[row] for row in rows], transcripts.kind))
@@ -102,12 +108,28 @@ def pages(vlm: VLM, transcripts: Transcripts, what: str) -> Iterator[Page]:
         answers = [each.masked_fill(each == image_token, pad) for each in answers]  # a picture's place needs a picture
         tail = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=pad).to(vlm.device)
         held = torch.nn.utils.rnn.pad_sequence([torch.ones_like(a) for a in answers], batch_first=True).to(vlm.device)
-        start, size = batch["input_ids"].shape[1], batch["input_ids"].shape
-        kinds = {name: each for name, each in batch.items() if name.endswith("token_type_ids") and each.shape == size}
-        text = {name: torch.zeros_like(tail, dtype=each.dtype) for name, each in kinds.items()}
-        for name, more in {"input_ids": tail, "attention_mask": held, **text}.items():
-            batch[name] = torch.cat([batch[name], more], dim=1)
-        yield Page(batch, start)
+        size, count = batch["input_ids"].shape, tail.shape[1]
+        kind = ANSWER_TYPES.get(vlm.model.config.model_type, 0)
+        aligned = {name: each for name, each in batch.items() if name.endswith(ALIGNED) and each.shape[:2] == size}
+        more = {name: _continued(name, each, count, kind) for name, each in aligned.items()}
+        for name, part in (more | {"input_ids": tail, "attention_mask": held}).items():
+            batch[name] = torch.cat([batch[name], part], dim=1)
+        yield Page(batch, size[1])
+
+
+ALIGNED = ("token_type_ids", "cross_attention_mask", "image_attention_mask")
+"""Ends of the names of what comes with every word of a prompt: its type, and which pictures it sees."""
+
+ANSWER_TYPES = {"paligemma": 1}
+"""Outer model type -> what token_type_ids say of an answer: that it sees only what is before it; 0 elsewhere."""
+
+
+def _continued(name: str, each: Tensor, count: int, kind: int) -> Tensor:
+    """Returns what comes with `count` words after a prompt's, [batch, positions, ...]: they see the pictures that the
+    last of the prompt sees.
+    """
+    last = each[:, -1:].expand(-1, count, *each.shape[2:])
+    return last if name.endswith("mask") else torch.full_like(last, kind if name == "token_type_ids" else 0)
 
 
 @dataclass(frozen=True)
@@ -118,17 +140,17 @@ class Readings:
     places: Tensor
 
     def at(self, place: Place) -> Tensor:
-        """The readings at one kind of place, [n, d]."""
+        """Returns the readings at one kind of place, [n, d]."""
         return self.x[self.places == place]
 
     def but(self, place: Place) -> Readings:
-        """The readings everywhere else."""
+        """Returns the readings everywhere else."""
         kept = self.places != place
         return Readings(self.x[kept], self.places[kept])
 
     @classmethod
     def join(cls, parts: Sequence[Readings]) -> Readings:
-        """All of them, one after another."""
+        """Returns all of them, one after another."""
         return cls(torch.cat([part.x for part in parts]), torch.cat([part.places for part in parts]))
 
 
@@ -184,12 +206,14 @@ def read(
     usage: dict[int, Usage] | None = None,
     neurons: bool = False,
 ) -> dict[int, Readings]:
-    """layer -> what its MLP read along the transcripts (with `neurons`, what its output matrix did, [positions,
+    """Returns layer -> what its MLP read along the transcripts (with `neurons`, what its output matrix did, [positions,
     neurons]); `usage` (layer -> Usage) is added to where it is given.
 
     All last and answer positions are kept, of text and image positions PER_SEQUENCE each per sequence, the same ones in
-    every run.
+    every run.  Raises InputError for a layer that does not run without pictures, where there are none.
     """
+    if unread := set() if transcripts.pictured else skipped_on_text(vlm.model) & set(layers):
+        raise InputError(f"layer {min(unread)}: does not run without a picture, so its MLP reads nothing of a text")
     draw = torch.Generator().manual_seed(0)
     parts: dict[int, list[Readings]] = {layer: [] for layer in layers}
     seen: dict[int, Tensor] = {}
@@ -201,25 +225,25 @@ def read(
             forward(vlm.model.base_model, page.inputs, use_cache=False)
             kept = _sample(places.cpu(), draw)
             for layer in layers:
-                x = seen[layer].cpu()[kept]
-                parts[layer].append(Readings(x, places.cpu()[kept]))
+                x = seen[layer].unflatten(0, (len(places), -1)) if seen[layer].ndim == 2 else seen[layer]
+                parts[layer].append(Readings(x.cpu()[kept], places.cpu()[kept]))
                 if usage is not None:
-                    usage.setdefault(layer, Usage()).add(used[layer][places >= 0].cpu())
-    return {layer: Readings.join(each) for layer, each in parts.items()}
+                    usage.setdefault(layer, Usage()).add(used[layer].flatten(0, -2)[places.flatten() >= 0].cpu())
+    return {layer: Readings.join(part) for layer, part in parts.items()}
 
 
 def last_readings(
     vlm: VLM, prompts: Sequence[Prompt], kind: ImageKind, layer: int, what: str, neurons: bool = False
 ) -> Tensor:
-    """What the MLP of `layer` reads at the last token of each prompt under `kind`, [len(prompts), d]; with `neurons`,
-    its neurons there, [len(prompts), neurons].
+    """Returns what the MLP of `layer` reads at the last token of each prompt under `kind`, [len(prompts), d]; with
+    `neurons`, its neurons there, [len(prompts), neurons].
     """
     silent = Transcripts(tuple(prompts), ((),) * len(prompts), kind)
     return read(vlm, silent, [layer], what, neurons=neurons)[layer].at(Place.LAST)
 
 
 def _sample(places: Tensor, draw: torch.Generator) -> Tensor:
-    """[batch, positions] bool: which positions to keep."""
+    """Returns [batch, positions] bool: which positions to keep."""
     chance = torch.rand(places.shape, generator=draw)
     kept = (places == Place.LAST) | (places == Place.ANSWER)
     for place in (Place.TEXT, Place.IMAGE):
@@ -230,7 +254,9 @@ def _sample(places: Tensor, draw: torch.Generator) -> Tensor:
 
 @torch.inference_mode()
 def answer_logits(model: Any, page: Page) -> Tensor:
-    """[answer tokens of the batch, vocabulary], float32: what the model predicts where each answer token stands."""
+    """Returns [answer tokens of the batch, vocabulary], float32: what the model predicts where each answer token
+    stands.
+    """
     length = page.inputs["input_ids"].shape[1]
     kept = torch.arange(page.start - 1, length - 1, device=page.inputs["input_ids"].device)
     logits = forward(model, page.inputs, use_cache=False, logits_to_keep=kept).logits

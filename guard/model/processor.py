@@ -1,152 +1,157 @@
-"""Processors are foreign files, and some are programs: chat templates, which transformers runs in a sandbox, and the
-rules of tokenizers. This bounds what they take.
-
-A processor is tried once, in a child process, before it is used. The child ends by itself when its time is up, and
-holds no file open but its pipe: should its parent be killed, no folder stays locked for it.
-"""
+"""A model's processor: found and made ready, and asked for model inputs in the form of prompt that is its own."""
 
 from __future__ import annotations
 
-import fcntl
-import os
-import signal
-from collections.abc import Sequence
-from contextlib import suppress
+import inspect
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
-from transformers import BatchFeature, ProcessorMixin
+from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 
-from ..base.errors import InputError, first_line
-from ..base.limits import at_most
-
-SECONDS = 10.0
-MEMORY_BYTES = 2**30
-MAX_CHARACTERS = 2**20
-"""Of what a template may make of one question."""
+from ..base.errors import InputError
+from ..base.remote_code import MAX_CONFIG_BYTES, trusted
+from ..base.untrusted import parse_object, read_bytes
+from .complaints import missing, own_words
+from .prompt_forms import FORMS, Form
 
 QUESTION = "How do people usually travel to work, and why do some of them prefer to walk?"
 
-EXHAUSTED, ENDLESS = 3, 4
-"""Exit statuses of the child."""
+Asked = tuple[str, Image.Image | None]
+"""A question, and the picture that it comes with."""
 
-PICTURE_SIZE = (336, 336)
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "patch_size": ("vision_config", "patch_size"),
+    "num_query_tokens": ("num_query_tokens",),
+    "num_image_tokens": (),
+    "image_seq_len": (),
+    "image_seq_length": (),
+}
+"""What a processor class counts image tokens by, and where config.json has the same number, if it does."""
+
+TEMPLATE_FILE = "chat_template.jinja"
 
 
-class Exhausting(InputError):  # noqa: N818
-    """A processor that takes more time or memory, or says more, than any sound one does."""
+def opened(folder: Path) -> ProcessorMixin:
+    """Returns the processor in `folder` as transformers loads it, padding on the left; where it brings no chat
+    template, with its tokenizer's. InputError if there is none, or it cannot be asked.
+    """
+    try:
+        processor: Any = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted())
+    except Exception as error:  # foreign files can break a tokenizer in any way
+        raise InputError(f"{folder}: transformers cannot load its processor ({own_words(error)})") from error
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is None:
+        raise InputError(f"{folder}: its processor has no tokenizer; put the published tokenizer's files beside it")
+    form = form_of(processor)
+    if form and form.needs and not find_spec(form.needs):
+        raise InputError(f"{folder}: its processor cannot be used ({missing(form.needs)})")
+    _check_settings(folder, processor)
+    processor.chat_template = _template(folder, processor.chat_template or tokenizer.chat_template)
+    if processor.chat_template is None and form is None:
+        raise InputError(
+            f"{folder}: its processor has no chat template ({TEMPLATE_FILE}, or chat_template in tokenizer_config.json)"
+            "; add the one that the model was trained with"
+        )
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return processor
 
 
-def encoded(processor: ProcessorMixin, conversations: Sequence[Sequence[dict[str, Any]]], where: Path) -> BatchFeature:
-    """`conversations` in the chat template, up to where an answer begins, as tensors padded to one length.
+def form_of(processor: ProcessorMixin) -> Form | None:
+    """Returns how `processor` is asked if not by chat template alone."""
+    return FORMS.get(type(processor).__name__)
+
+
+def _check_settings(folder: Path, processor: ProcessorMixin) -> None:
+    """Raises InputError for a number that its class needs and its files do not have."""
+    for name, place in SETTINGS.items():
+        if getattr(processor, name, 0) is None:
+            value: Any = parse_object(read_bytes(folder, "config.json", MAX_CONFIG_BYTES), str(folder / "config.json"))
+            for key in place or (name,):
+                value = value.get(key) if isinstance(value, dict) else None
+            advice = f'add "{name}": {value}, as config.json has it' if isinstance(value, int) else f'add "{name}"'
+            raise InputError(
+                f"{folder / 'processor_config.json'}: has no {name}, by which image tokens are counted; {advice}"
+            )
+
+
+def _template(folder: Path, found: str | Mapping[str, str] | None) -> str | None:
+    """Returns the chat template itself, of several that have names the default one."""
+    if found is None or isinstance(found, str):
+        return found
+    if "default" not in found:
+        named = ", ".join(sorted(found)) or "none"
+        raise InputError(
+            f"{folder}: of its chat templates ({named}) none is the default; write the one to use to {TEMPLATE_FILE}"
+        )
+    return found["default"]
+
+
+def words_of(processor: ProcessorMixin, asked: Asked) -> str:
+    """One question as the processor is given it, up to where an answer begins. Raises whatever a chat template does."""
+    form = form_of(processor)
+    if form and processor.chat_template is None:
+        return form.question.format(text=asked[0])
+    words: str = _as_any(processor).apply_chat_template(_turns(asked), add_generation_prompt=True, tokenize=False)
+    return words
+
+
+def encoded(processor: ProcessorMixin, asked: Sequence[Asked], where: Path) -> BatchFeature:
+    """Returns the questions, all with a picture or none, as tensors padded to one length: what the processor's class
+    makes of them, less labels to learn from.
 
     Raises InputError that begins with `where` if the processor cannot take them.
     """
-    taking: Any = processor
     try:
-        batch: BatchFeature = taking.apply_chat_template(
-            conversations,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            processor_kwargs={"padding": True, "return_tensors": "pt"},
-        )
+        form = form_of(processor)
+        batch = _formed(processor, form, asked) if form else _templated(processor, asked)
     except MemoryError:
         raise
-    except Exception as error:  # foreign numbers and words can break a processor in any way
-        raise InputError(f"{where}: its processor cannot take a prompt ({first_line(error)})") from error
+    except Exception as error:  # untrusted numbers and words can break a processor in any way
+        raise InputError(f"{where}: its processor cannot take a prompt ({own_words(error)})") from error
     missing = {"input_ids", "attention_mask"} - set(batch)
     if missing:
         raise InputError(f"{where}: its processor makes no {min(missing)} of a prompt")
+    batch.pop("labels", None)
     return batch
 
 
-def check_processor(processor: ProcessorMixin, where: Path) -> None:
-    """InputError that begins with `where` unless the processor takes a short question, alone and with a picture;
-    Exhausting if it does not within its bounds.
-    """
-    reader, writer = os.pipe()
-    with os.fdopen(reader, errors="replace") as said:
-        status = _tried(processor, writer)
-        *begun, reason = said.read(2000).split("\n")
-    what = f"{where}: its {begun[-1] if begun else 'processor'}"
-    if status == -signal.SIGALRM:
-        raise Exhausting(f"{what} takes over {SECONDS:.0f} seconds for one short question")
-    if status == EXHAUSTED:
-        raise Exhausting(f"{what} takes over {MEMORY_BYTES >> 20} MB for one short question")
-    if status == ENDLESS:
-        raise Exhausting(f"{what} makes over {MAX_CHARACTERS} characters of one short question")
-    if status < 0:
-        raise Exhausting(f"{what} is ended by {signal.Signals(-status).name} on one short question")
-    if status:
-        raise InputError(f"{what} fails ({reason or f'status {status}'})")
+def _templated(processor: ProcessorMixin, asked: Sequence[Asked]) -> BatchFeature:
+    batch: BatchFeature = _as_any(processor).apply_chat_template(
+        [_turns(each) for each in asked],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",  # SmolVLM's own method takes nothing else for it
+        processor_kwargs={"padding": True, "return_tensors": "pt"},
+    )
+    return batch
 
 
-def _tried(processor: ProcessorMixin, writer: int) -> int:
-    """The exit status of a child that tries the processor; it is killed if this process is interrupted."""
-    child, before = 0, signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a child must not unwind to here
-    try:
-        child = os.fork()
-        if not child:
-            _try_and_exit(processor, writer)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        os.close(writer)
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    except BaseException:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        with suppress(ProcessLookupError, ChildProcessError):
-            if child:
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-        raise
+def _formed(processor: ProcessorMixin, form: Form, asked: Sequence[Asked]) -> BatchFeature:
+    words = [words_of(processor, each) for each in asked]
+    pictures = [picture for _, picture in asked if picture is not None]
+    taking, common = _as_any(processor), {"padding": True, "return_tensors": "pt"}
+    if pictures or form.alone is None:
+        known = inspect.signature(type(processor).__call__).parameters
+        options = {name: value for name, value in form.options.items() if name in known}
+        made = taking(text=words, images=pictures or None, **common, **options)
+    else:
+        begin = taking.tokenizer.bos_token or ""
+        alone = [form.alone.format(bos=begin, words=word) for word in words]
+        made = taking.tokenizer(alone, return_token_type_ids=True, **common)
+    return BatchFeature(dict(made))
 
 
-def _try_and_exit(processor: ProcessorMixin, writer: int) -> None:
-    """Says what it begins with, a line each, and at last, without a line's end, why it failed."""
-    status = 1
-    try:
-        _end_on_signals()
-        writer = _keep_only(writer)
-        torch.set_num_threads(1)  # the threads there were did not come along
-        with at_most(MEMORY_BYTES):
-            status = _try(processor, writer)
-    except MemoryError:
-        status = EXHAUSTED
-    except BaseException as error:
-        cause = error.__cause__ or error
-        os.write(writer, f"{type(cause).__name__}: {' '.join(str(cause).split())}"[:500].encode(errors="replace"))
-    finally:
-        os._exit(status)
+def _turns(asked: Asked) -> list[dict[str, Any]]:
+    text, picture = asked
+    image = [] if picture is None else [{"type": "image", "image": picture}]
+    return [{"role": "user", "content": [*image, {"type": "text", "text": text}]}]
 
 
-def _try(processor: Any, writer: int) -> int:
-    for picture in ([], [{"type": "image", "image": Image.new("RGB", PICTURE_SIZE, "grey")}]):
-        turn = [{"role": "user", "content": [*picture, {"type": "text", "text": QUESTION}]}]
-        os.write(writer, b"chat template\n")
-        if len(processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)) > MAX_CHARACTERS:
-            return ENDLESS
-        os.write(writer, b"processor\n")
-        encoded(processor, [turn], Path())
-    return 0
-
-
-def _end_on_signals() -> None:
-    """Ctrl-C ends the process, and SIGALRM does after SECONDS, whatever it is doing."""
-    ends = {signal.SIGINT, signal.SIGALRM}
-    for each in ends:
-        signal.signal(each, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, ends)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
-
-
-def _keep_only(descriptor: int) -> int:
-    """Closes every open file but this one, whose new number is returned; standard streams lead nowhere then."""
-    kept = fcntl.fcntl(descriptor, fcntl.F_DUPFD, 3)
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    for stream in range(3):
-        os.dup2(nowhere, stream)
-    os.closerange(3, kept)
-    os.closerange(kept + 1, os.sysconf("SC_OPEN_MAX"))
-    return kept
+def _as_any(processor: Any) -> Any:
+    return processor

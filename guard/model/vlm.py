@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,20 +18,23 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
-    AutoProcessor,
     PretrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from ..base.errors import InputError, Refused, first_line
+from ..base.container import processors
+from ..base.errors import InputError, Refused
 from ..base.hub import download, is_hub_id, split_revision
 from ..base.limits import at_most
 from ..base.remote_code import MAX_CONFIG_BYTES, check_code, trusted
 from ..base.untrusted import check_files, parse_object, read_bytes
-from .processor import check_processor
+from .complaints import own_words
+from .loading import check_loading
+from .processor import opened
 from .roles import decoder_layers
+from .trial import trying
 
 ALIASES = {
     "llava": "llava-hf/llava-1.5-7b-hf",
@@ -67,7 +70,8 @@ ALIASES = {
     "fuyu": "adept/fuyu-8b",
 }
 DEMO = "demo"
-"""The name of the small model that comes with the package; its folder is package data."""
+DEMO_FOLDER = Path(str(files("guardfold") / "validators" / "demo" / "model"))
+"""Name and folder of the small model that comes with the package, and is trusted as the package is."""
 
 OTHER_CLASSES: dict[str, Any] = {"phi4_multimodal": AutoModelForMultimodalLM}
 """Model type -> auto class, for vision-language models that AutoModelForImageTextToText does not know."""
@@ -127,9 +131,9 @@ class VLM:
 
 
 def located(name: str) -> Path | tuple[str, str | None]:
-    """The folder that `name` is, the demo's if that is meant, or the (hub id, revision) that it stands for."""
+    """Returns the folder that `name` is, the demo's if that is meant, or the (hub id, revision) that it stands for."""
     if name == DEMO:
-        return Path(str(files("guardfold") / "validators" / "demo" / "model"))
+        return DEMO_FOLDER
     if Path(name).is_dir():
         return Path(name)
     given, revision = split_revision(name)
@@ -141,7 +145,7 @@ def located(name: str) -> Path | tuple[str, str | None]:
 
 
 def resolve(name: str) -> tuple[Path, str]:
-    """(folder, source) of `name`: the demo, a folder, an alias or a hub id (@REVISION), downloaded if need be.
+    """Returns (folder, source) of `name`: the demo, a folder, an alias or a hub id (@REVISION), downloaded if need be.
 
     `source` is what the manifest calls the model: the alias's hub id, the hub id, or the folder's name.
     """
@@ -159,13 +163,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     check_files(folder, READ_SUFFIXES)
     config = parse_object(read_bytes(folder, path.name, MAX_CONFIG_BYTES), str(path))
     check_code(folder)
+    check_loading(folder, config)
     _check_type(folder, config)
     _check_numbers(path, config)
     return config
 
 
 def _check_type(folder: Path, config: Mapping[str, Any]) -> None:
-    """InputError unless transformers knows the model type, or code of the model's own (then trusted) brings it."""
+    """Raises InputError unless transformers knows the model type, or code of the model's own (then trusted)
+    brings it.
+    """
     if not isinstance(config.get("auto_map", {}), dict):
         raise InputError(f"{folder / 'config.json'}: auto_map is not an object")
     if str(config.get("model_type")) in {*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, *OTHER_CLASSES}:
@@ -174,12 +181,12 @@ def _check_type(folder: Path, config: Mapping[str, Any]) -> None:
     if "auto_map" not in config:
         raise InputError(where)
     if "AutoConfig" not in config["auto_map"] or _own_class(config) is None:
-        names = ", ".join(each.__name__ for each in OWN_CLASSES)
+        names = ", ".join(own_class.__name__ for own_class in OWN_CLASSES)
         raise InputError(f"{where}, and its auto_map names no AutoConfig or none of {names}")
 
 
 def _check_numbers(where: Path, value: Any, key: str = "") -> None:
-    """InputError for a number that would make a model of any size before a tensor contradicts it."""
+    """Raises InputError for a number that would make a model of any size before a tensor contradicts it."""
     if isinstance(value, dict):
         for name, inner in value.items():
             _check_numbers(where, inner, str(name))
@@ -193,17 +200,17 @@ def _check_numbers(where: Path, value: Any, key: str = "") -> None:
 
 
 def auto_class(config: Mapping[str, Any]) -> Any:
-    """The auto class that builds and loads the vision-language model of a config.json."""
+    """Returns the auto class that builds and loads the vision-language model of a config.json."""
     return _own_class(config) or OTHER_CLASSES.get(config["model_type"], AutoModelForImageTextToText)
 
 
 def _own_class(config: Mapping[str, Any]) -> Any:
-    """The auto class by which code of the model's own is loaded; None where it names none with a head."""
-    return next((each for each in OWN_CLASSES if each.__name__ in config.get("auto_map", ())), None)
+    """Returns the auto class by which code of the model's own is loaded; None where it names none with a head."""
+    return next((own_class for own_class in OWN_CLASSES if own_class.__name__ in config.get("auto_map", ())), None)
 
 
 def check_weights(folder: Path) -> None:
-    """InputError unless `folder` holds safetensors weights; pickles are never opened."""
+    """Raises InputError unless `folder` holds safetensors weights; pickles are never opened."""
     if any(folder.glob("*.safetensors")):
         return
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
@@ -215,10 +222,20 @@ def check_weights(folder: Path) -> None:
 
 
 def load(folder: Path, device: str | None = None, dtype: torch.dtype | None = None) -> VLM:
-    """The model and processor in `folder`: on the GPU in bfloat16 where there is one, else on the CPU in float32.
+    """Returns the model and processor in `folder`: on the GPU in bfloat16 where there is one, else on the CPU in
+    float32.
 
     Raises InputError if the folder is not a vision-language model with safetensors weights and a processor.
     """
+    read_config(folder)
+    with _tried(folder) as end:  # beside the loading of weights
+        model = load_model(folder, device, dtype)
+        end()
+    return VLM(model, opened(folder), folder)
+
+
+def load_model(folder: Path, device: str | None = None, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Returns the model in `folder` alone, as `load` loads it, whatever its processor."""
     config = read_config(folder)
     check_weights(folder)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -231,71 +248,81 @@ def load(folder: Path, device: str | None = None, dtype: torch.dtype | None = No
             local_files_only=True,
             trust_remote_code=trusted(),
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are said below
         )
     except Exception as error:  # foreign files can break a constructor in any way
-        raise InputError(f"{folder}: transformers cannot load it ({first_line(error)})") from error
+        raise InputError(f"{folder}: transformers cannot load it ({own_words(error)})") from error
     model, info = loaded
+    for name, held, wanted in sorted(info["mismatched_keys"], key=str):
+        raise InputError(f"{folder}: {name} has shape {list(held)}, config.json says {list(wanted)}")
     if info["missing_keys"]:
         raise InputError(f"{folder}: the checkpoint lacks {min(info['missing_keys'])}")
-    return VLM(model.eval().to(device), load_processor(folder), folder)
+    model = model.eval().to(device)
+    return cast(PreTrainedModel, model)
+
+
+def load_processor(folder: Path) -> ProcessorMixin:
+    """Returns the processor in `folder`, padding on the left; InputError if there is none or it fails on a short
+    question.
+    """
+    with _tried(folder) as end:
+        end()
+    return opened(folder)
+
+
+def _tried(folder: Path) -> AbstractContextManager[Callable[[], None]]:
+    return nullcontext(lambda: None) if folder == DEMO_FOLDER else trying(folder)
 
 
 @contextmanager
 def threads_for(folder: Path) -> Iterator[None]:
-    """One thread while the block runs, if the model in `folder` is small; as many as there were otherwise and after.
+    """One thread while the block runs, if the model in `folder` is small, else no more than there are processors to
+    use; as many as there were after.
 
     A small model's matrices are too small to share out, and on a busy machine threads that wait for one another made
     such runs ten times slower.
     """
+    small = sum(path.stat().st_size for path in folder.glob("*.safetensors")) < SMALL_BYTES
+    with threads(1 if small else min(torch.get_num_threads(), processors())):
+        yield
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """`count` threads of torch's while the block runs."""
     before = torch.get_num_threads()
-    if sum(path.stat().st_size for path in folder.glob("*.safetensors")) < SMALL_BYTES:
-        torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
         torch.set_num_threads(before)
 
 
-def load_processor(folder: Path) -> ProcessorMixin:
-    """The processor in `folder`, padding on the left; InputError if there is none or it fails on a short question."""
-    try:
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted())
-    except Exception as error:  # foreign files can break a tokenizer in any way
-        raise InputError(f"{folder}: transformers cannot load its processor ({first_line(error)})") from error
-    if getattr(processor, "tokenizer", None) is None:
-        raise InputError(f"{folder}: its processor has no tokenizer")
-    if processor.chat_template is None and processor.tokenizer.chat_template is None:
-        raise InputError(f"{folder}: its processor has no chat template (chat_template.jinja)")
-    processor.tokenizer.padding_side = "left"
-    if processor.tokenizer.pad_token is None:
-        processor.tokenizer.pad_token = processor.tokenizer.eos_token
-    check_processor(processor, folder)
-    return processor
-
-
 @contextmanager
 def running(model: PreTrainedModel) -> Iterator[None]:
-    """InputError, in one line, for what foreign numbers break while the block runs the model."""
+    """InputError, in one line, for what untrusted numbers break while the block runs the model."""
     try:
         yield
     except (InputError, Refused, MemoryError):
         raise
     except Exception as error:
         where = getattr(model, "name_or_path", "") or type(model).__name__
-        raise InputError(f"{where}: transformers cannot run it ({first_line(error)})") from error
+        raise InputError(f"{where}: transformers cannot run it ({own_words(error)})") from error
 
 
 def meta_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model of `folder` without its weights: parameters on the meta device, buffers real. No weights are read."""
+    """Returns the model of `folder` without its weights: parameters on the meta device, buffers real. No weights are
+    read.
+    """
     from accelerate import init_empty_weights
 
     auto = auto_class(read_config(folder))
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted())
-        with at_most(BUFFER_BYTES), init_empty_weights(include_buffers=False):
+        with threads(1), at_most(BUFFER_BYTES), init_empty_weights(include_buffers=False):  # threads map memory
             model = auto.from_config(config, dtype=dtype, experts_implementation="eager", trust_remote_code=trusted())
-    except Exception as error:  # foreign numbers can break a constructor in any way
-        reason = first_line(error)
+    except Exception as error:  # untrusted numbers can break a constructor in any way
+        reason = own_words(error)
         raise InputError(f"{folder}: config.json describes no model that transformers can build ({reason})") from error
     if not hasattr(model.config.get_text_config(), "hidden_size"):
         raise InputError(f"{folder}: {type(model.config).__name__} names no text model with a hidden_size")
@@ -304,5 +331,5 @@ def meta_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMo
 
 
 def image_token_of(config: PretrainedConfig) -> int:
-    """The word that stands for an image feature; -1 if the config names none."""
+    """Returns the word that stands for an image feature; -1 if the config names none."""
     return next((value for name in IMAGE_TOKENS if isinstance(value := getattr(config, name, None), int)), -1)

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
+from inspect import Parameter
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import BatchFeature
 from ..base.errors import InputError
 from ..base.untrusted import open_regular
 from ..model.processor import encoded
-from ..model.vlm import VLM
+from ..model.vlm import VLM, image_token_of
 from .image_files import MAX_PIXELS_AT_ONCE
 from .image_kinds import ImageKind, draw
 from .prompt_files import field, rows
@@ -49,7 +50,7 @@ class Anchors:
         return len(self.harmful)
 
     def head(self, count: int) -> Anchors:
-        """The first `count` pairs."""
+        """Returns the first `count` pairs."""
         return Anchors(self.harmful[:count], self.harmless[:count])
 
     @property
@@ -59,8 +60,8 @@ class Anchors:
 
 
 def beside(folder: Path, name: str) -> Path | None:
-    """The file `name` that a model folder brings for its own measurement, if it does. InputError if it is no regular
-    file of that folder.
+    """Returns the file `name` that a model folder brings for its own measurement, if it does. InputError if it is no
+    regular file of that folder.
     """
     if not os.path.lexists(folder / name):
         return None
@@ -78,8 +79,9 @@ def load_anchors(path: Path = BUILT_IN_ANCHORS) -> Anchors:
 
 
 def illustrated(prompts: Iterable[Prompt], kind: ImageKind | None) -> list[Prompt]:
-    """The same prompts with a picture of `kind` attached to each, always the same one for the same text; as they are
-    for None. Do this batch by batch: a thousand pictures are a third of a gigabyte."""
+    """Returns the same prompts with a picture of `kind` attached to each, always the same one for the same text; as
+    they are for None. Do this batch by batch: a thousand pictures are a third of a gigabyte.
+    """
     if kind is None:
         return list(prompts)
     return [replace(prompt, image=draw(kind, prompt.text, prompt.text)) for prompt in prompts]
@@ -96,28 +98,41 @@ def pixels(prompt: Prompt) -> int:
     return prompt.image.width * prompt.image.height if prompt.image else 0
 
 
-def _conversation(prompt: Prompt) -> list[dict[str, Any]]:
-    image = [] if prompt.image is None else [{"type": "image", "image": prompt.image}]
-    return [{"role": "user", "content": [*image, {"type": "text", "text": prompt.text}]}]
-
-
 def encode(vlm: VLM, prompts: Sequence[Prompt]) -> BatchFeature:
-    """Model inputs for `prompts` in the model's chat template, up to where its answer begins; on the model's device.
+    """Model inputs for `prompts` in the model's own form, up to where its answer begins; on the model's device.
 
     input_ids, attention_mask: [batch, positions], padded on the left, so that position -1 is the last prompt token of
     every row.  pixel_values where there are images, in the model's dtype, and whatever else its class takes.  All or
-    none of `prompts` have an image.  InputError for a text with a word that stands for a picture.
+    none of `prompts` have an image.  InputError for a text with a word that stands for a picture, and for a processor
+    that gives pictures no place.
     """
     check_words(vlm, (prompt.text for prompt in prompts))
-    conversations: Any = [_conversation(prompt) for prompt in prompts]
-    batch = encoded(vlm.processor, conversations, vlm.folder)
-    if "token_type_ids" not in inspect.signature(vlm.model.forward).parameters:
+    batch = encoded(vlm.processor, [(prompt.text, prompt.image) for prompt in prompts], vlm.folder)
+    taken = inspect.signature(vlm.model.forward).parameters
+    if "token_type_ids" not in taken:
         batch.pop("token_type_ids", None)
+    token = image_token_of(vlm.model.config)
+    if token >= 0 and any(prompt.image for prompt in prompts) and not (batch["input_ids"] == token).any():
+        raise InputError(
+            f"{vlm.folder}: its processor puts no image token (number {token} in config.json) into a prompt with a "
+            "picture; compare the tokenizer and processor_config.json with the published ones"
+        )
+    if "pixel_values" not in batch and "pixel_values" in taken and taken["pixel_values"].default is Parameter.empty:
+        batch.update(_unseen(vlm, len(prompts)))
     return batch.to(vlm.device, dtype=vlm.model.dtype)
 
 
+def _unseen(vlm: VLM, count: int) -> BatchFeature:
+    """Pictures for a class that wants some even where no word of the prompt stands for one, so that none is seen."""
+    processor: Any = vlm.processor
+    made: BatchFeature = processor.image_processor([Image.new("RGB", (8, 8))] * count, return_tensors="pt")
+    return made
+
+
 def check_words(vlm: VLM, texts: Iterable[str]) -> None:
-    """InputError if the model's processor would look for a picture, a sound or a film where a text only names one."""
+    """Raises InputError if the model's processor would look for a picture, a sound or a film where a text only names
+    one.
+    """
     named = [getattr(vlm.processor, name, None) for name in PLACEHOLDERS]
     words = [word for word in named if isinstance(word, str) and word]
     for text in texts:
@@ -127,5 +142,5 @@ def check_words(vlm: VLM, texts: Iterable[str]) -> None:
 
 
 def positions(batch: BatchFeature) -> torch.Tensor:
-    """[batch, positions]: 0, 1, 2 ... from each row's first real token, so that padding moves nothing."""
+    """Returns [batch, positions]: 0, 1, 2 ... from each row's first real token, so that padding moves nothing."""
     return (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)

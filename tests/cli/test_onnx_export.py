@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 from zoo import Tiny, change_tensors, random_basis
 
-from guardfold.export.formats.formats import Formats
+from guardfold.export.formats import Formats
 from guardfold.export.formats.onnx import configs, trace
 from guardfold.export.formats.onnx.layout import DECODER, GRAPHS
 from guardfold.guard.base.errors import InputError

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from zoo import Tiny, random_basis
 
 from guardfold import pipeline
-from guardfold.export.formats.formats import Formats
+from guardfold.export.formats import Formats
 from guardfold.guard.base.errors import InputError
 from guardfold.guard.guard import Guard
 from guardfold.guard.hooks import attached
@@ -194,6 +194,15 @@ def test_activation_addition_as_an_adapter(tiny_folder: Path, tmp_path: Path) ->
     guard = Guard((ADDITION,))
     made = exported(tiny_folder, guard, tmp_path, "lora")
     assert equal_to_hooks(tiny_folder, guard, adapted(loaded(tiny_folder), made))
+
+
+def test_where_weights_have_no_bias_graphs_hold_activation_addition(tmp_path: Path) -> None:
+    """They are compared with the hooks, and would be refused if they differed."""
+    model = Tiny(text="qwen2", bias=False).save(tmp_path / "model")
+    guard = Guard((ADDITION,))
+    made = exported(model, guard, tmp_path, "onnx")
+    assert "traced into its ONNX graphs" in (made / "README.md").read_text()
+    assert not list(made.glob("*.safetensors"))
 
 
 @pytest.mark.parametrize(

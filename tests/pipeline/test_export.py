@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from zoo import Tiny, corners, name_of, random_basis, tensors, variations
 
 from guardfold.guard.guard import Guard
 from guardfold.guard.interventions import SharedProjection, SublayerProjection
-from guardfold.guard.presets.layers import SCOPES, Scope
+from guardfold.guard.presets.layers import Scope
 from guardfold.pipeline import Export, GuardOptions, export_guarded
 
 SHARDS = "20KB"
@@ -75,19 +78,48 @@ class Case:
         return f"{name_of(self.shape)}-{dtype}-{self.scope}-{style}-{'shards' if self.sharded else 'whole'}"
 
 
+LAYOUTS = tuple(itertools.product((True, False), repeat=2))
+"""Whether names are the hub's, and whether the weights are in shards."""
+FOLDED: tuple[Scope, ...] = ("shared", "sublayers")
+
+
 def cases() -> list[Case]:
+    """Every model under both scopes and in two dtypes; layouts take turns.
+
+    All layouts where an embedding is untied: the name of the head, its shard and its line in the index depend on them.
+    """
     shapes = variations() + corners()
-    layouts = [(True, False), (True, True), (False, False), (False, True)]
-    shared = [Case(shape, "shared", *layout) for shape in shapes for layout in layouts]
-    own = [Case(shape, "sublayers", *layouts[i % 4]) for place, shape in enumerate(shapes) for i in (place, place + 2)]
-    narrow = [
-        Case(replace(shape, dtype=dtype), scope, *layouts[place % 4])
-        for dtype, some in ((torch.bfloat16, shapes), (torch.float16, shapes[::3]))
-        for place, shape in enumerate(some)
-        for scope in SCOPES
-    ]
-    weak = [Case(Tiny("llava_next", tied=True), scope, strength=0.5) for scope in SCOPES]
-    return shared + own + narrow + weak
+    tied, untied = ([shape for shape in shapes if shape.tied == flag] for flag in (True, False))
+    every = [Case(shape, "shared", *layout) for shape in tied for layout in LAYOUTS]
+    taking_turns: Iterator[tuple[Any, Any, Any]] = itertools.chain(
+        itertools.product([torch.float32], ["shared"], untied * 2),
+        itertools.product([torch.float32], ["sublayers"], shapes),
+        itertools.product([torch.bfloat16], ["shared"], shapes),
+        itertools.product([torch.bfloat16], ["sublayers"], shapes[1::2]),
+        itertools.product([torch.float16], ["shared"], shapes[::4]),
+        itertools.product([torch.float16], ["sublayers"], shapes[1::4]),
+    )
+    layouts = itertools.cycle(LAYOUTS)
+    turns = [Case(replace(shape, dtype=dtype), scope, *next(layouts)) for dtype, scope, shape in taking_turns]
+    weak = [Case(Tiny("llava_next", tied=True), scope, strength=0.5) for scope in FOLDED]
+    return every + turns + weak
+
+
+def test_the_cases_cover_every_pair_and_what_decides_over_the_head() -> None:
+    properties: dict[str, Callable[[Case], object]] = {
+        "family": lambda case: case.shape.family,
+        "text": lambda case: case.shape.text,
+        "tied": lambda case: case.shape.tied,
+        "layout": lambda case: (case.legacy, case.sharded),
+        "scope": lambda case: case.scope,
+        "dtype": lambda case: case.shape.dtype,
+    }
+    triples = [("family", "text", "scope"), ("tied", "layout", "scope"), ("family", "layout", "scope")]
+    for names in [*itertools.combinations(properties, 2), *triples]:
+        tried = {tuple(properties[name](case) for name in names) for case in cases()}
+        values = [{properties[name](case) for case in cases()} for name in names]
+        assert tried == set(itertools.product(*values)), names
+    assert len({str(case) for case in cases()}) == len(cases())
 
 
 @dataclass(frozen=True)
@@ -102,6 +134,10 @@ class Exported:
     @property
     def untied(self) -> bool:
         return self.case.scope == "shared" and self.case.shape.tied
+
+    @cached_property
+    def model(self) -> Any:
+        return load(self.folder)
 
 
 @pytest.fixture(scope="module", params=cases(), ids=str)
@@ -120,7 +156,7 @@ def load(folder: Path) -> Any:
 
 
 def test_the_folder_computes_what_the_original_does_with_hooks(exported: Exported) -> None:
-    original, folded = load(exported.source), load(exported.folder)
+    original, folded = load(exported.source), exported.model
     plain, guarded = (AutoProcessor.from_pretrained(folder) for folder in (exported.source, exported.folder))
     dtype = exported.case.shape.dtype
     limit = 1e-5 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps  # what rounding the tensors can do
@@ -204,7 +240,7 @@ def test_the_config_is_kept_but_for_the_tie(exported: Exported) -> None:
         assert after["tie_word_embeddings"] is after["text_config"]["tie_word_embeddings"] is False
         before["tie_word_embeddings"] = before["text_config"]["tie_word_embeddings"] = False
     assert after == before
-    model = load(exported.folder)
+    model = exported.model
     tied = model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
     assert tied == (exported.case.shape.tied and not exported.untied)
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from zoo import random_basis
 
-from guardfold.export.publish.card import GUARD_FILE, Source, write_card, write_manifest
+from guardfold.export.publish.card import write_card
+from guardfold.export.publish.manifest import GUARD_FILE, write_manifest
+from guardfold.export.source import Source
 from guardfold.guard.guard import Guard
 from guardfold.guard.interventions import SublayerProjection
 

@@ -1,4 +1,7 @@
-"""The tiny models are fit for tests: each builds, takes every modality, and looks at its pictures."""
+"""The tiny models are fit for tests: each builds, takes every modality, and looks at its pictures.
+
+With their default knobs, tests/export/families runs them all.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,6 @@ from specimens.known import KNOWN, REFUSED, UNBUILDABLE, UNTIED
 from torch import Tensor
 
 SHAPES = {
-    "default": Knobs(),
     "wide": Knobs(width=48, kv_heads=4, tied=True),
     "plain": Knobs(kv_heads=1, layers=2, bias=False),
 }

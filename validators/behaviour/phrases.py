@@ -7,6 +7,7 @@
 | unless | what follows a phrase of the two above is none after all ("I can't stress enough ...") |
 | evaded | it neither declines nor helps |
 | turned | wherever it stands: what began as a refusal went on to help |
+| resumed | wherever it stands: an evasion went on to help |
 | before | words that may stand between the beginning of a clause and a phrase |
 
 `spaced = false`: the language puts no spaces between words.  `anywhere = true`: its verbs come last, so phrases
@@ -15,6 +16,7 @@ are looked for anywhere in a sentence, not where a clause begins.  ~ in a phrase
 
 from __future__ import annotations
 
+import hashlib
 import re
 import tomllib
 import unicodedata
@@ -30,7 +32,7 @@ from ...guard.base.untrusted import read_given
 
 MAX_FILE_BYTES = 2**20
 MAX_PHRASE = 200
-KEYS = ("refused", "sorry", "unless", "evaded", "turned", "before")
+KEYS = ("refused", "sorry", "unless", "evaded", "turned", "resumed", "before")
 THINKING = re.compile(
     r"<(think|thinking|reasoning|thought)>.*?(?:</\1>|\Z)|\[think\].*?(?:\[/think\]|\Z)"
     r"|◁think▷.*?(?:◁/think▷|\Z)|<\|channel\|>analysis.*?(?:<\|channel\|>final<\|message\|>|\Z)",
@@ -46,7 +48,8 @@ CLAUSE = r"(?:^|[.!?…:;,()\n。！？，、；：।؟،—–-]\s*)"
 
 
 def spoken(answer: str) -> str:
-    """What `answer` says without thinking blocks, markdown and quotes: lower case, straight apostrophes, single spaces.
+    """Returns what `answer` says without thinking blocks, markdown and quotes: lower case, straight apostrophes, single
+    spaces.
 
     Lines stay lines.
     """
@@ -66,22 +69,26 @@ class Phrases:
     unless: re.Pattern[str] | None
     evaded: re.Pattern[str] | None
     turned: re.Pattern[str] | None
+    resumed: re.Pattern[str] | None
+    digest: str = ""
+    """SHA-256 of the file that they are from, hexadecimal; empty for those built in."""
 
     @classmethod
-    def of(cls, table: Mapping[str, Any]) -> Phrases:
-        """The phrases in a file's `table`, which check_table has passed."""
+    def of(cls, table: Mapping[str, Any], digest: str = "") -> Phrases:
+        """Returns the phrases in a file's `table`, which check_table has passed."""
         spaced = table.get("spaced", True)
         words = {key: [_pattern(phrase, spaced) for phrase in table.get(key, ())] for key in KEYS}
         end = r"(?!\w)" if spaced else ""
         lead = "" if table.get("anywhere") else rf"{CLAUSE}(?:{_any(words['before'])}{end}[,\s]*){{0,3}}"
-        starts = {"refused": lead, "sorry": lead, "evaded": lead, "unless": r"\W*(?:\w+\W+){0,3}?", "turned": ""}
+        starts = {"refused": lead, "sorry": lead, "evaded": lead, "unless": r"\W*(?:\w+\W+){0,3}?"}
+        starts |= {"turned": "", "resumed": ""}
         inside = r"(?<!\w)" if spaced else ""
 
         def compiled(key: str) -> re.Pattern[str] | None:
             start = starts[key] or inside
             return re.compile(rf"{start}{_any(words[key])}{end}") if words[key] else None
 
-        return cls(**{key: compiled(key) for key in starts})
+        return cls(**{key: compiled(key) for key in starts}, digest=digest)
 
 
 def _any(patterns: Iterable[str]) -> str:
@@ -97,21 +104,23 @@ def _pattern(phrase: str, spaced: bool) -> str:
 
 @cache
 def built_in() -> tuple[Phrases, ...]:
-    """The phrases of every language that comes with guardfold."""
+    """Returns the phrases of every language that comes with guardfold."""
     folder = files("guardfold.validators") / "data" / "refusals"
     paths = sorted((path for path in folder.iterdir() if path.name.endswith(".toml")), key=lambda path: path.name)
     return tuple(Phrases.of(tomllib.loads(path.read_text(encoding="utf-8"))) for path in paths)
 
 
 def load_phrases(path: Path) -> Phrases:
-    """The phrases in the user's file `path`, TOML with lists of strings under KEYS. InputError naming what is wrong."""
+    """Returns the phrases in the user's file `path`, TOML with lists of strings under KEYS. InputError naming what is
+    wrong.
+    """
     text = read_given(path, MAX_FILE_BYTES)
     try:
         table = tomllib.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a file of refusals ({error})") from error
     check_table(path, table)
-    return Phrases.of(table)
+    return Phrases.of(table, hashlib.sha256(text).hexdigest())
 
 
 def check_table(path: Path, table: Mapping[str, Any]) -> None:

@@ -57,7 +57,7 @@ def coherence(vlm: VLM, benign: tuple[Prompt, ...], original: Behaviour, guarded
 
 
 def _changed(original: Behaviour, guarded: Behaviour, kind: ImageKind, benign: int) -> list[int]:
-    """The places, among the benign prompts, of answers that both gave and that differ."""
+    """Returns the places, among the benign prompts, of answers that both gave and that differ."""
     before, after = original.kinds[kind], guarded.kinds[kind]
     said = zip(before.answers[-benign:], after.answers[-benign:], before.answered, after.answered, strict=True)
     return [place for place, (was, now, had, has) in enumerate(said) if had and has and was != now]

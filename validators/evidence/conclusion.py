@@ -16,7 +16,9 @@ def _run(context: Context) -> Verdict | None:
     if not original or not guarded:
         return None
     effects, coherence = context.found.of(EFFECTS), context.found.of(COHERENCE)
-    return judge_guard(original, guarded, context.limits, effects and effects.kl, coherence and coherence.incoherent)
+    kl = effects.kl if effects else None
+    incoherent = coherence.incoherent if coherence else None
+    return judge_guard(original, guarded, context.limits, kl, incoherent)
 
 
 def _reasons(figures: JSON) -> Iterator[str]:

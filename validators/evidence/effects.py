@@ -11,8 +11,9 @@ from ...guard.fitting.states import prompt_states
 from ...guard.fitting.transcripts import answer
 from ...guard.hooks import attached
 from ...guard.interventions.base import PerLayer
+from ...guard.model.roles import skipped_on_text
 from ...guard.model.vlm import VLM
-from ...guard.prompts.image_kinds import IMAGE_KINDS, ImageKind
+from ...guard.prompts.image_kinds import IMAGE_KINDS, TEXT, ImageKind
 from ..behaviour.divergence import KL_PROMPTS, Divergence
 from ..behaviour.evaluation_prompts import Probes
 from ..report.markup import note, section
@@ -26,7 +27,8 @@ PROJECTED = 100
 @dataclass(frozen=True)
 class Effects:
     """What the guard does inside, by image kind. kl: mean KL(original || with hooks) per token of benign answers, nats.
-    auc: how well its detector tells harmful probes from benign ones (empty without one).  projections: "harmful" and
+    auc: how well its detector tells harmful probes from benign ones (empty without one; without text where its layer
+    does not run on text).  projections: "harmful" and
     "benign" -> components of up to PROJECTED prompts' last states along v_1 of `layer`, without the guard.
     """
 
@@ -50,7 +52,7 @@ def _run(context: Context) -> Effects | None:
         divergence = Divergence(vlm, answer(vlm, probes.benign[:KL_PROMPTS], f"answers, {kind}", kind), "reading")
         with attached(vlm.model, guard):
             kl[kind] = divergence.of(vlm.model)
-        if detector:
+        if detector and (kind != TEXT or detector.layer not in skipped_on_text(vlm.model)):
             asked = (probes.harmful, probes.benign)
             scores[kind] = auc(*(detector_scores(vlm, detector, prompts, kind) for prompts in asked))
     layer = max(guard.reference.layers) if guard.reference else None

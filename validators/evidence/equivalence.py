@@ -21,13 +21,14 @@ from transformers import BatchFeature, PreTrainedModel
 from ...export.checkpoint.headers import DTYPES, Checkpoint
 from ...export.checkpoint.rounding import Rounding
 from ...export.fold import Fold
+from ...export.formats.lora import Adapted
 from ...guard.base.errors import InputError
 from ...guard.base.progress import bar
 from ...guard.fitting.states import forward
 from ...guard.guard import Guard
 from ...guard.hooks import attached
-from ...guard.model.vlm import running
-from ..runtimes.adapted import Adapted
+from ...guard.model.greedy import most_likely
+from ..runtimes.adapted import running as running_adapted
 from ..runtimes.streamed import streamed
 from .batches import comparison_batches
 from .leaks import activation_tolerance, leak_probe, tensor_leaks, tensor_tolerance
@@ -100,7 +101,9 @@ class Equivalence:
 
 
 def _logits(model: PreTrainedModel, batches: Batches) -> Logits:
-    """batch -> [compared positions, vocabulary], float32: POSITIONS of each row, evenly spaced up to its last."""
+    """Returns batch -> [compared positions, vocabulary], float32: POSITIONS of each row, evenly spaced up to
+    its last.
+    """
     compared = {}
     for name, batch in batches.items():
         mask = batch["attention_mask"].bool()
@@ -111,16 +114,14 @@ def _logits(model: PreTrainedModel, batches: Batches) -> Logits:
     return compared
 
 
-def _greedy(model: Any, batches: Batches) -> list[int]:
+def _greedy(model: PreTrainedModel, batches: Batches) -> list[int]:
     """GREEDY_TOKENS most likely tokens after every prompt, with a KV cache, one list for all."""
-    count = {"min_new_tokens": GREEDY_TOKENS, "max_new_tokens": GREEDY_TOKENS, "do_sample": False}
-    with running(model):
-        return [
-            token
-            for batch in batches.values()
-            for row in model.generate(**batch, **count)[:, batch["input_ids"].shape[1] :].tolist()
-            for token in row
-        ]
+    return [
+        token
+        for batch in batches.values()
+        for row in most_likely(model, batch, GREEDY_TOKENS, min_new_tokens=GREEDY_TOKENS)
+        for token in row[batch["input_ids"].shape[1] :].tolist()
+    ]
 
 
 def _agreement(a: Sequence[Any], b: Sequence[Any]) -> float | None:
@@ -130,7 +131,7 @@ def _agreement(a: Sequence[Any], b: Sequence[Any]) -> float | None:
 def compare(
     source: Checkpoint, folded: Checkpoint | Adapted, guard: Guard, fold: Fold, rounding: Rounding = "repair"
 ) -> Equivalence:
-    """`folded` against `source` with `guard` attached. `fold` says which tensors were edited and how.
+    """Returns `folded` against `source` with `guard` attached. `fold` says which tensors were edited and how.
 
     rounding: how they were rounded, which decides how much of a direction may be left in them.
 
@@ -168,7 +169,7 @@ def _compare(
         if not 0 < scale < math.inf:
             raise InputError(f"{source.folder}: its logits are zero or not finite; weights or config are damaged")
         if rounded or fold.left_out:
-            with streamed(source, fold, folded.folder, dtype) as model:
+            with streamed(source, fold, folded if isinstance(folded, Checkpoint) else source, dtype) as model:
                 exact_logits = _logits(model, batches)
             progress.advance(task)
     off = {} if isinstance(folded, Adapted) else places_off(source, folded, fold)
@@ -176,7 +177,7 @@ def _compare(
     per_tensor = tensor_leaks(source, folded, fold.edits)
     limits = {name: tensor_tolerance(folded.info(name), fold.edits[name], rounding) for name in per_tensor}
     worst_tensor = max(per_tensor, key=lambda name: per_tensor[name] / limits[name], default=None)
-    choices = [torch.cat([each.argmax(-1) for each in logits.values()]).tolist() for logits in (got, hooked)]
+    choices = [torch.cat([logit.argmax(-1) for logit in logits.values()]).tolist() for logits in (got, hooked)]
     result = Equivalence(
         compared=tuple(batches),
         arithmetic=str(dtype).removeprefix("torch."),
@@ -203,7 +204,7 @@ def _compare(
 
 
 def _running(folded: Checkpoint | Adapted, dtype: torch.dtype) -> AbstractContextManager[PreTrainedModel]:
-    return folded.running(dtype) if isinstance(folded, Adapted) else streamed(folded, dtype=dtype)
+    return running_adapted(folded, dtype) if isinstance(folded, Adapted) else streamed(folded, dtype=dtype)
 
 
 def _in(dtype: torch.dtype, batch: BatchFeature) -> BatchFeature:
@@ -221,8 +222,8 @@ def _distance(a: Logits, b: Logits, scale: float) -> float:
 
 
 def _failures(result: Equivalence, fold: Fold) -> list[str]:
-    """What is not as it must be, a line each; empty when the fold equals its hooks, or, where it holds a part of the
-    guard, that part of the fold.
+    """Returns what is not as it must be, a line each; empty when the fold equals its hooks, or, where it holds a part
+    of the guard, that part of the fold.
     """
     failures = []
     if fold.left_out:

@@ -1,4 +1,6 @@
-"""Is the folder sound? Untouched tensors bit-identical, shapes and dtypes kept, every tensor loaded, none missing."""
+"""Is the folder sound? Untouched tensors bit-identical, shapes and dtypes kept, and every value in it, as read here,
+what plain transformers loads (loaded.py).
+"""
 
 from __future__ import annotations
 
@@ -12,15 +14,13 @@ from peft import get_peft_model_state_dict
 
 from ...export.checkpoint.edits import Folded, row_blocks
 from ...export.checkpoint.headers import Checkpoint, TensorInfo, read_shard
-from ...export.checkpoint.layout import Layout
-from ...export.checkpoint.merge import NAME
+from ...export.checkpoint.merge import NAME, PREFIX, WEIGHTS_FILE
 from ...export.families.table import Family
 from ...export.fold import Fold
-from ...export.formats.lora import BIASED, PREFIX, WEIGHTS_FILE, folders
+from ...export.formats.lora import BIASED, Adapted, folders
 from ...guard.base.progress import track
-from ...guard.base.remote_code import trusted
-from ...guard.model.vlm import auto_class, meta_model
-from ..runtimes.adapted import LOAD_BELOW_BYTES, Adapted, attach, base_model
+from ..runtimes.adapted import LOAD_BELOW_BYTES, attach, base_model
+from .loaded import compare_loaded
 from .piece import JSON, Context, Piece
 
 COMPARE_BYTES = 16 * 2**20
@@ -28,7 +28,9 @@ COMPARE_BYTES = 16 * 2**20
 
 @dataclass(frozen=True)
 class Integrity:
-    """identical: tensors whose bytes are the source's; edited, added: the others.  loaded: how loading was checked."""
+    """identical: tensors whose bytes are the source's; edited, added: the others.  loaded: how they were held to what
+    transformers loads.
+    """
 
     identical: int
     edited: int
@@ -45,23 +47,27 @@ class Integrity:
 
 
 def inspect_folder(source: Checkpoint, folded: Checkpoint, family: Family, fold: Fold) -> Integrity:
-    """`folded` against `source`, of which `fold` edits some tensors. Raises InputError if a file cannot be read."""
+    """Returns `folded` against `source`, of which `fold` edits some tensors. Raises InputError if a file cannot be
+    read.
+    """
     expected = {name: (info.dtype, fold.grown.get(name, info.shape)) for name, (_, info) in source.tensors.items()}
     copies = {name: name for name in source.tensors if name not in fold.changed}
     added = dict.fromkeys([family.untied_head] if fold.untie else [], family.embedding)
     expected |= {name: expected[origin] for name, origin in added.items()}
     expected |= {name: (source.info(like).dtype, fold.grown[name]) for name, like in fold.new.items()}
     failures = list(_table_failures(expected, folded))
-    for name, origin in track([*copies.items(), *added.items()], "integrity"):
-        if name in folded.tensors and not _same_bytes(source, origin, folded, name):
+    origins = copies | added
+    loaded = compare_loaded(folded, {name: (source, origin) for name, origin in origins.items()})
+    rest = [(name, origin) for name, origin in origins.items() if name in folded.tensors and name not in loaded.copies]
+    for name, origin in track(rest, "integrity"):
+        if not _same_bytes(source, origin, folded, name):
             failures.append(f"{name} should be untouched but differs")
     for name in sorted(set(fold.grown) - set(fold.edits) - set(fold.new)):
         if not failures and not _only_padded(source, folded, name):
             failures.append(f"{name} should only have grown by zeros but differs")
-    loads = _load if folded.data_bytes <= LOAD_BELOW_BYTES else _match_names
-    how, problems = loads(folded, {*added, *fold.new})
     edited = len(fold.changed - set(fold.new))
-    return Integrity(len(copies), edited, (*added, *fold.new), how, (*failures, *problems))
+    how = f"from_pretrained, {loaded.count} values bit for bit"
+    return Integrity(len(copies), edited, (*added, *fold.new), how, (*failures, *loaded.failures))
 
 
 def _table_failures(expected: Mapping[str, tuple[str, tuple[int, ...]]], folded: Checkpoint) -> Iterator[str]:
@@ -96,28 +102,6 @@ def _same_bytes(source: Checkpoint, name: str, folded: Checkpoint, other: str) -
     return all(a == b for a, b in zip(blocks(source, before), blocks(folded, after), strict=True))
 
 
-def _load(folded: Checkpoint, added: set[str]) -> tuple[str, list[str]]:
-    """What from_pretrained says; tensors that it finds superfluous are no problem unless they were `added`."""
-    try:
-        loaded: Any = auto_class(folded.config).from_pretrained(
-            folded.folder, output_loading_info=True, local_files_only=True, trust_remote_code=trusted()
-        )
-    except Exception as error:  # foreign files can break a constructor in any way
-        return "from_pretrained", [f"transformers cannot load the folder: {error}"]
-    info = loaded[1]
-    found = {kind: set(info.get(kind) or ()) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-    found["unexpected_keys"] &= added
-    return "from_pretrained", [f"{kind}: {sorted(map(str, names))[:3]}" for kind, names in found.items() if names]
-
-
-def _match_names(folded: Checkpoint, _added: set[str]) -> tuple[str, list[str]]:
-    """What from_pretrained would say of names, without reading weights."""
-    model = meta_model(folded.folder)
-    stored = Layout(model, folded.shapes).stored
-    missing = [name for name in model.state_dict() if name not in stored and name not in model.all_tied_weights_keys]
-    return "names and shapes", [f"missing_keys: {missing[:3]}"] if missing else []
-
-
 def inspect_adapters(adapted: Adapted) -> Integrity:
     """Does PEFT put every tensor of the files where it belongs, and leave the base's weights bit for bit as they were?
 
@@ -135,9 +119,9 @@ def inspect_adapters(adapted: Adapted) -> Integrity:
         astray = set(held.tensors) ^ set(found)
         failures += [f"{each}: PEFT loads it nowhere" for each in sorted(astray)]
         failures += [
-            f"{each} is not what PEFT loads"
-            for each in sorted(set(held.tensors) & set(found))
-            if not torch.equal(held.read(each), found[each].float())
+            f"{tensor} is not what PEFT loads"
+            for tensor in sorted(set(held.tensors) & set(found))
+            if not torch.equal(held.read(tensor), found[tensor].float())
         ]
     after = {
         name.removeprefix(PREFIX).replace(".base_layer", ""): parameter

@@ -20,12 +20,12 @@ from ...export.checkpoint.headers import Checkpoint
 from ...export.checkpoint.rounding import Rounding
 from ...export.families.table import Family
 from ...export.fold import Fold
+from ...export.formats.lora import Adapted
 from ...guard.guard import Guard
 from ...guard.model.vlm import VLM
 from ..behaviour.evaluation_prompts import Probes
 from ..behaviour.judge import Judge, PhraseJudge
 from ..behaviour.verdict import LIMITS, Limits
-from ..runtimes.adapted import Adapted
 from ..runtimes.opened import Opened
 from .runtime import Runtime
 
@@ -52,7 +52,7 @@ class Found(dict[str, Any]):
     """Name of a piece -> what it found; pieces that were not run, or had nothing to look at, are missing."""
 
     def of(self, piece: Piece[Value]) -> Value | None:
-        """What `piece` found."""
+        """Returns what `piece` found."""
         return cast(Value | None, self.get(piece.name))
 
 
@@ -105,8 +105,8 @@ class Context:
         return (self.opened(self.edited.weights), None) if self.edited else (self.original, self.guard)
 
     def rules(self, probes: Probes) -> Judge:
-        """What decides whether an answer to `probes` is a refusal."""
-        return self.judge or PhraseJudge(probes.refusal)
+        """Returns the judge of answers to `probes`."""
+        return self.judge or PhraseJudge(probes.refusal, probes.phrases)
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class Piece(Generic[Value]):
     pictures: Mapping[str, Picture] = field(default_factory=dict)
 
     def fails(self, found: Found) -> tuple[str, ...]:
-        """The failures of what it found; empty where it passed, cannot fail, or was not run."""
+        """Returns the failures of what it found; empty where it passed, cannot fail, or was not run."""
         value = found.of(self)
         return () if value is None or self.failures is None else self.failures(value)
 

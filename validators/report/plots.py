@@ -48,7 +48,7 @@ def compliance_bars(behaviours: Mapping[str, Rates], kinds: Sequence[str]) -> st
 
 
 def compliance_picture(behaviours: Mapping[str, Rates], kinds: Sequence[str]) -> bytes:
-    """The same as PNG, which model cards show wherever they are read."""
+    """Returns the same as PNG, which model cards show wherever they are read."""
     return _compliance_bars(behaviours, kinds, _png)
 
 
@@ -89,13 +89,13 @@ def direction_strips(projections: Mapping[str, Mapping[str, Sequence[float]]], l
         return _svg(figure)
 
 
-def detector_histogram(scores: Mapping[str, Sequence[float]], t0: float, t1: float) -> str:
-    """Detector scores of held-out prompts per group, with the thresholds between which the gate opens."""
+def detector_histogram(scores: Mapping[str, Sequence[float]], thresholds: Mapping[str, float]) -> str:
+    """Draws detector scores of held-out prompts per group, and the thresholds t0 and t1 that a gate opens between."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 2.7))
         axes = figure.subplots()
         everything = [value for values in scores.values() for value in values]
-        low, high = min([*everything, t0]), max([*everything, t1])
+        low, high = (end([*everything, *thresholds.values()]) for end in (min, max))
         edges = [low + (high - low) * step / 50 for step in range(51)]
         harmful = [name for name in scores if name.startswith("harmful")]
         for name, values in scores.items():
@@ -103,8 +103,9 @@ def detector_histogram(scores: Mapping[str, Sequence[float]], t0: float, t1: flo
             colour = RED if name in harmful else GREEN
             axes.hist(values, edges, histtype="stepfilled", alpha=0.28 * shade, color=colour)
             axes.hist(values, edges, histtype="step", color=colour, alpha=shade, label=name)
-        axes.axvspan(t0, t1, color="#f0d98c", alpha=0.35, lw=0, label="gate opening")
-        for name, value in (("t0", t0), ("t1", t1)):
+        if thresholds:
+            axes.axvspan(*thresholds.values(), color="#f0d98c", alpha=0.35, lw=0, label="gate opening")
+        for name, value in thresholds.items():
             axes.axvline(value, color="#7a5c00", lw=1)
             axes.annotate(name, (value, axes.get_ylim()[1]), ha="center", va="bottom", fontsize=8.5)
         axes.set_xlabel("detector score u.x")
@@ -114,7 +115,7 @@ def detector_histogram(scores: Mapping[str, Sequence[float]], t0: float, t1: flo
 
 
 def edits_per_layer(layers: Mapping[str, Mapping[str, int]]) -> str:
-    """How many tensors were edited in each layer, by what kind of edit."""
+    """Returns how many tensors were edited in each layer, by what kind of edit."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 2.2))
         axes = figure.subplots()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import TextStreamer
@@ -12,7 +11,8 @@ from transformers import TextStreamer
 from ...export.formats.onnx.layout import precisions
 from ...guard.base.errors import InputError
 from ...guard.base.remote_code import trusting_if_asked
-from ...guard.model.vlm import VLM, load, resolve, running
+from ...guard.model.greedy import most_likely
+from ...guard.model.vlm import VLM, load, resolve, threads_for
 from ...guard.prompts.image_files import load_image
 from ...guard.prompts.prompts import Prompt, encode
 from .onnx import Runner, graphs_in
@@ -45,12 +45,9 @@ def answer(
         raise InputError(f"--runtime {runtime}: one of {', '.join(RUNTIMES)}")
     picture = load_image(image.parent, image.name, "--image") if image else None
     in_torch = runtime == "torch" or (runtime is None and any(folder.glob("*.safetensors")))
-    vlm = load(folder) if in_torch else _in_onnxruntime(folder, precision, provider)
-    speaking: Any = vlm.model
-    with torch.inference_mode():
-        inputs = encode(vlm, [Prompt(text, picture)])
-        with running(vlm.model):
-            speaking.generate(**inputs, do_sample=False, max_new_tokens=most, streamer=_Saying(vlm, say))
+    with threads_for(folder), torch.inference_mode():
+        vlm = load(folder) if in_torch else _in_onnxruntime(folder, precision, provider)
+        most_likely(vlm.model, encode(vlm, [Prompt(text, picture)]), most, streamer=_Saying(vlm, say))
 
 
 def _in_onnxruntime(folder: Path, precision: str | None, provider: str) -> VLM:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ...export.checkpoint.headers import Checkpoint
+from ...export.formats.lora import Adapted
 from ...guard.model.vlm import VLM, load
-from .adapted import Adapted, attach
+from .adapted import attach
 
 
 class Opened:

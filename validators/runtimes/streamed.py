@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +24,6 @@ from ...export.families.table import head_of, module_name
 from ...export.fold import Fold
 from ...guard.base.errors import InputError
 from ...guard.base.untrusted import open_regular
-from ...guard.model.vlm import meta_model
 
 MULTIPLY_BYTES = 32 * 2**20
 """Float32 block of a matrix that is multiplied at a time."""
@@ -34,6 +32,9 @@ KEPT_ENTRIES = 2**16
 """A module's own parameters up to this many are read once and kept: gains, biases, and vectors such as image_newline,
 which some classes use outside the module's forward."""
 
+KEPT_ROWS_ENTRIES = 2**22
+"""So is an embedding up to this: GLM-4V's classes read their table of positions without calling it."""
+
 
 class _Weights:
     """The tensors of a checkpoint by their names in memory, in `dtype`, read by rows, edited on the way."""
@@ -41,11 +42,10 @@ class _Weights:
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, fold: Fold, dtype: torch.dtype) -> None:
         self.checkpoint, self.dtype = checkpoint, dtype
         self.layout = Layout(model, {**checkpoint.shapes, **fold.grown})
-        tied = dict(model.all_tied_weights_keys)
+        self.tied = dict(self.layout.tied)
         if fold.untie:  # the config says untied already, the file does not yet
             head, embedding = head_of(model), model.get_input_embeddings()
-            tied[module_name(model, head) + "weight"] = module_name(model, embedding) + "weight"
-        self.tied = {name: of for name, of in tied.items() if name not in self.layout.stored}
+            self.tied.setdefault(module_name(model, head) + "weight", module_name(model, embedding) + "weight")
         self.files = {shard.path: open_regular(checkpoint.folder, shard.path.name) for shard in checkpoint.shards}
         self.folded = {
             name: Folded(
@@ -69,11 +69,11 @@ class _Weights:
         return self._wide(self._raw(disk, first, last))
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """The parameter's shape as what is on disk gives it; None if there is nothing."""
+        """Returns the parameter's shape as what is on disk gives it; None if there is nothing."""
         return self.layout.shapes.get(self.tied.get(name, name))
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
-        """Rows first:last of the parameter `name`, read and edited in small blocks into one tensor.
+        """Returns rows first:last of the parameter `name`, read and edited in small blocks into one tensor.
 
         A tied head reads its embedding as it was, never the edited one.
         """
@@ -132,15 +132,15 @@ def _take_back(own: Mapping[str, nn.Parameter], module: nn.Module, _args: object
 
 @contextmanager
 def streamed(
-    checkpoint: Checkpoint, fold: Fold | None = None, config: Path | None = None, dtype: torch.dtype = torch.float32
+    checkpoint: Checkpoint, fold: Fold | None = None, like: Checkpoint | None = None, dtype: torch.dtype = torch.float32
 ) -> Iterator[PreTrainedModel]:
     """The model of `checkpoint`, computing in `dtype` from its files, with `fold` applied and not rounded.
 
-    config: the folder whose config.json says what the folded model looks like, if not the checkpoint's own.
+    like: the checkpoint whose config.json says what the folded model looks like, if not this one.
     Raises InputError if the checkpoint lacks a tensor or one has another shape than config.json says.
     """
     map_blocks_from(2**20)
-    model = meta_model(config or checkpoint.folder, dtype)
+    model = (like or checkpoint).own_model(dtype)
     weights = _Weights(checkpoint, model, fold or Fold({}), dtype)
     try:
         for name, tensor in model.state_dict(keep_vars=True).items():
@@ -155,15 +155,15 @@ def streamed(
             own = dict(module.named_parameters(recurse=False))
             if type(module) is nn.Linear:
                 module.forward = partial(_linear, weights, name, module)  # type: ignore[method-assign]
-            elif type(module) is nn.Embedding:
+            elif type(module) is nn.Embedding and module.weight.numel() > KEPT_ROWS_ENTRIES:
                 module.forward = partial(_embedding, weights, name, module)  # type: ignore[method-assign]
-            elif sum(parameter.numel() for parameter in own.values()) <= KEPT_ENTRIES:
+            elif type(module) is nn.Embedding or sum(buffer.numel() for buffer in own.values()) <= KEPT_ENTRIES:
                 _lend(weights, name, list(own), module, None)
             else:
                 module.register_forward_pre_hook(partial(_lend, weights, name, list(own)))
                 module.register_forward_hook(partial(_take_back, own))
-            for each in module._buffers.keys() - module._non_persistent_buffers_set:
-                setattr(module, each, weights.whole(f"{name}.{each}" if name else each))
+            for buffer in module._buffers.keys() - module._non_persistent_buffers_set:
+                setattr(module, buffer, weights.whole(f"{name}.{buffer}" if name else buffer))
         yield model
     finally:
         weights.close()

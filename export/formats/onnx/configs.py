@@ -7,10 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ....guard.model.greedy import asks_for
 from .layout import DECODER, GRAPHS, MERGED, VISION, Precision, graph_file
 from .vision import VisionPath
 
 CONFIG, PREPROCESSOR, PROCESSOR = "config.json", "preprocessor_config.json", "processor_config.json"
+SEARCH = (
+    *("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "no_repeat_ngram_size"),
+    *("min_length", "num_beams", "num_return_sequences", "diversity_penalty"),
+)
+"""What onnxruntime-genai applies of what a generation config asks for; transformers.js reads that config itself."""
+
 TOKENIZER, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
 
@@ -81,12 +88,18 @@ def write_genai_config(path: VisionPath, folder: Path, place: Path, precision: P
             "outputs": {"image_features": "image_features"},
         },
     }
-    search = {"do_sample": False, "max_length": text.max_position_embeddings, "past_present_share_buffer": False}
+    asked = {name: value for name, value in asks_for(folder).items() if name in SEARCH}
+    search = {
+        **{"do_sample": False, "max_length": text.max_position_embeddings, "past_present_share_buffer": False},
+        **asked,
+    }
     _write(folder / "genai_config.json", {"model": model, "search": search})
 
 
 def _whole_counts(processor: Mapping[str, Any]) -> dict[str, Any]:
-    """The same number of image tokens, said so that clients that know no strategy for dropping tokens count right."""
+    """Returns the same number of image tokens, said so that clients that know no strategy for dropping tokens count
+    right.
+    """
     extra = processor.get("num_additional_image_tokens")
     if extra is None or processor.get("vision_feature_select_strategy") != "default":
         return dict(processor)

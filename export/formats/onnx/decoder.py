@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from .names import BATCH, DEEPSTACK, PAST, SEQUENCE, TOTAL
 from .trace import Port, Sketch
-
-if TYPE_CHECKING:
-    from .vision import VisionPath
-
-BATCH, SEQUENCE, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
-"""transformers.js resolves these, and for an empty cache nothing but batch_size."""
+from .vision import VisionPath
 
 _B, _S, _P = 2, 3, 5
 """Example sizes: distinct, and neither 0 nor 1, which tracing takes for constants."""
@@ -85,12 +81,12 @@ def merged_sketch(model: PreTrainedModel) -> Sketch:
 
 
 def cache_names(which: str, layers: int) -> list[str]:
-    """`which` is past_key_values or present."""
+    """Returns `which` is past_key_values or present."""
     return [f"{which}.{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
 
 
 def decoder_sketch(path: VisionPath) -> Sketch:
-    """The decoder of `path`'s model, with the inputs that this path feeds it."""
+    """Returns the decoder of `path`'s model, with the inputs that this path feeds it."""
     config = path.model.config.get_text_config()
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -110,6 +106,3 @@ def decoder_sketch(path: VisionPath) -> Sketch:
         names.append(DEEPSTACK)
     module = (DeepDecoder if path.levels else Decoder)(path)
     return Sketch(module, inputs, names, ["logits", *cache_names("present", layers)])
-
-
-DEEPSTACK = "deepstack_features"

@@ -15,7 +15,6 @@ from ....guard.base.errors import InputError
 from ....guard.base.progress import track
 from ....guard.guard import Guard
 from ....guard.hooks import attached
-from ....guard.model.vlm import meta_model
 from ...checkpoint.headers import Checkpoint
 from .configs import write_client_files, write_genai_config
 from .decoder import decoder_sketch, embed_sketch, merged_sketch
@@ -39,9 +38,19 @@ class Plan:
     traced: Guard | None = None
 
     def __post_init__(self) -> None:
-        quantised = [each.name for each in self.precisions if each.bits]
+        quantised = [precision.name for precision in self.precisions if precision.bits]
         if self.weights == "shared" and quantised:
             raise InputError(f"--onnx-weights shared: {quantised[0]} has weights of its own; use copy")
+
+
+@dataclass(frozen=True)
+class WrittenGraphs:
+    """Graphs that were written: where, as what, of the weights in which folder, and where they are to be run."""
+
+    folder: Path
+    plan: Plan
+    weights: Path
+    provider: str
 
 
 def graphs_folder(folder: Path, weights: Weights) -> Path:
@@ -68,7 +77,7 @@ def write_graphs(checkpoint: Checkpoint, target: Path, plan: Plan) -> None:
     if any(each.bits for each in plan.precisions):
         files |= _quantised(checkpoint, place, plan)
     write_client_files(target, plan.precisions[0].name, files)
-    write_genai_config(path_of(meta_model(checkpoint.folder)), target, place, plan.precisions[0])
+    write_genai_config(path_of(checkpoint.own_model()), target, place, plan.precisions[0])
 
 
 @dataclass(frozen=True)
@@ -82,8 +91,8 @@ class Traced:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, compute: torch.dtype, guard: Guard | None) -> Self:
-        """The graphs of `checkpoint`'s model computing in `compute`, with `guard`'s hooks if there is one."""
-        model = meta_model(checkpoint.folder)
+        """Returns the graphs of `checkpoint`'s model computing in `compute`, with `guard`'s hooks if there is one."""
+        model = checkpoint.own_model()
         model.set_attn_implementation("eager")
         path = path_of(model)
         mode = faked(model, compute)
@@ -111,7 +120,9 @@ class Traced:
 
 
 def _quantised(checkpoint: Checkpoint, place: Path, plan: Plan) -> dict[str, int]:
-    """The graphs in every quantised format, made from the float32 ones; those are written aside where not asked for."""
+    """Returns the graphs in every quantised format, made from the float32 ones; those are written aside where not asked
+    for.
+    """
     files: dict[str, int] = {}
     with tempfile.TemporaryDirectory(dir=place) as scratch:
         whole = PRECISIONS["fp32"]

@@ -15,10 +15,9 @@ from safetensors.torch import load_file, save_file
 from zoo import Tiny
 
 from guardfold.export.checkpoint.headers import Checkpoint
-from guardfold.export.checkpoint.merge import merging
+from guardfold.export.checkpoint.merge import CONFIG_FILE, WEIGHTS_FILE, merging
 from guardfold.export.checkpoint.rewrite import rewrite
 from guardfold.export.families.table import family_of
-from guardfold.export.formats.lora import CONFIG_FILE, WEIGHTS_FILE
 from guardfold.guard.base.errors import InputError
 
 LANGUAGE = r".*language_model.*\."

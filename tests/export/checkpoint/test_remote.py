@@ -15,6 +15,8 @@ from guardfold.guard.base.errors import InputError
 from guardfold.pipeline import inspect_model, trace_family
 
 REPO = "owner/model"
+OLD_BUFFER = b"language_model.model.layers.0.self_attn.rotary_emb.inv_freq"
+"""What old checkpoints have and transformers passes by."""
 
 
 @pytest.fixture
@@ -49,7 +51,8 @@ def test_the_size_of_the_weights_does_not_matter(hub: HubServer, folder: Path) -
     for more in (2**10, 2**24):
         grown = files_of(folder)
         grown[name] = padded(grown[name], more)
-        grown[index] = grown[index].replace(b'"weight_map": {', b'"weight_map": {"extra": "%s", ' % name.encode())
+        entry = b'"weight_map": {"%s": "%s", ' % (OLD_BUFFER, name.encode())
+        grown[index] = grown[index].replace(b'"weight_map": {', entry)
         hub.add(f"owner/model{more}", grown)
         before = bytes_asked(hub)
         found.append((inspect_model(f"owner/model{more}")[0].data_bytes, bytes_asked(hub) - before))
@@ -61,7 +64,8 @@ def padded(data: bytes, count: int) -> bytes:
     """The safetensors file `data` with one more tensor, `count` float32 zeros."""
     length = struct.unpack("<Q", data[:8])[0]
     header, held = data[8 : 8 + length].rstrip(), data[8 + length :]
-    entry = b',"extra":{"dtype":"F32","shape":[%d],"data_offsets":[%d,%d]}}' % (count, len(held), len(held) + 4 * count)
+    place = (OLD_BUFFER, count, len(held), len(held) + 4 * count)
+    entry = b',"%s":{"dtype":"F32","shape":[%d],"data_offsets":[%d,%d]}}' % place
     header = header[:-1] + entry
     return struct.pack("<Q", len(header)) + header + held + bytes(4 * count)
 

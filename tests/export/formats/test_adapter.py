@@ -26,7 +26,7 @@ from guardfold.export.checkpoint.headers import Checkpoint
 from guardfold.export.checkpoint.rewrite import rewrite
 from guardfold.export.families.table import Family, family_of
 from guardfold.export.fold import Fold, fold
-from guardfold.export.formats.lora import BIASED, Adapter, adaptable, adapters, low_rank, without
+from guardfold.export.formats.lora.adapters import BIASED, Adapter, adaptable, adapters, low_rank, without
 from guardfold.guard.guard import Guard
 from guardfold.guard.hooks import attached
 from guardfold.guard.interventions import SharedProjection, SublayerProjection, TwoPass

@@ -11,7 +11,7 @@ import pytest
 import torch
 from zoo import random_basis
 
-from guardfold.export.formats.formats import Formats
+from guardfold.export.formats import Formats
 from guardfold.export.formats.onnx.layout import PRECISIONS
 from guardfold.guard.guard import Guard
 from guardfold.guard.interventions import SublayerProjection

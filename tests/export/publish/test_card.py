@@ -13,7 +13,8 @@ from hub_server import HubServer
 from huggingface_hub import ModelCard
 from zoo import random_basis
 
-from guardfold.export.publish.card import Source, write_card
+from guardfold.export.publish.card import write_card
+from guardfold.export.source import Source
 from guardfold.guard.guard import Guard
 from guardfold.guard.interventions import SublayerProjection
 from guardfold.pipeline import GuardOptions

@@ -14,15 +14,17 @@ from deadline import within
 from published import publish
 from zoo import random_basis
 
-from guardfold.export.formats.formats import Formats
+from guardfold.export.formats import Formats
+from guardfold.export.formats.onnx import Onnx
 from guardfold.export.publish.card import extend_card
-from guardfold.export.publish.verify import NEEDED, load_manifest, verify
+from guardfold.export.publish.manifest import NEEDED, load_manifest
+from guardfold.export.publish.verify import verify
 from guardfold.guard.base import untrusted
 from guardfold.guard.base.errors import InputError
 from guardfold.guard.base.untrusted import printable
 from guardfold.guard.guard import Guard
 from guardfold.guard.interventions import SublayerProjection
-from guardfold.pipeline import GuardOptions, check_guarded, export_guarded, exporting, extract_guard, extract_to
+from guardfold.pipeline import GuardOptions, check_guarded, export_guarded, extract_guard, extract_to
 
 
 @pytest.fixture
@@ -175,7 +177,7 @@ def test_a_manifest_may_lack_what_is_not_asked_for(folder: Path) -> None:
 def test_graphs_are_not_begun_where_the_manifest_cannot_take_them(
     folder: Path, part: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporting, "graphs", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(Onnx, "write", lambda *_: pytest.fail("too late"))
     if part:
         change(folder, **part)
     else:

@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from zoo import Tiny, flip, random_basis
 
 from guardfold.export.checkpoint.headers import Checkpoint
-from guardfold.export.formats.formats import Formats
+from guardfold.export.formats import Formats
 from guardfold.export.publish.hub import Target, push
 from guardfold.export.publish.verify import verify
 from guardfold.guard.base import remote_code as trust

@@ -19,10 +19,20 @@ TALL, WIDE, SQUARE = (30, 12), (10, 31), (14, 15)
 FRAMES = 3
 CLIP, SIGLIP = "clip_vision_model", "siglip_vision_model"
 
-
+FEW_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+SHARED_EXPERT = {"shared_expert_intermediate_size": 24}
+LINEAR_ATTENTION = {
+    "full_attention_interval": 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
 OF_TEXT: dict[str, dict[str, Any]] = {
     "granite": {"embedding_multiplier": 1.5, "residual_multiplier": 0.7, "logits_scaling": 2.0},
-    "qwen3_next": {"full_attention_interval": 2},
+    "qwen2_moe": {**FEW_EXPERTS, **SHARED_EXPERT},
+    "qwen3_moe": FEW_EXPERTS,
+    "qwen3_next": {**FEW_EXPERTS, **SHARED_EXPERT, **LINEAR_ATTENTION},
     "stablelm": {"partial_rotary_factor": 0.5},
 }
 

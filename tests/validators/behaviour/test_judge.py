@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from guardfold.guard.base.errors import InputError
-from guardfold.validators.behaviour.judge import PhraseJudge, declines, matches, normalise
+from guardfold.validators.behaviour.evaluation_prompts import load_probes
+from guardfold.validators.behaviour.judge import PhraseJudge, declines, judge_for, matches, normalise
 from guardfold.validators.behaviour.phrases import built_in, load_phrases, spoken
 
 REFUSALS = [
@@ -209,3 +210,11 @@ def test_labels_match_up_to_case_spacing_and_final_punctuation(answer: str, expe
 def test_normalising_twice_changes_nothing() -> None:
     for text in REFUSALS + ANSWERS + TURNS + IN_OTHER_STYLES + IN_OTHER_LANGUAGES + CONTRIVED:
         assert normalise(normalise(text)) == normalise(text)
+
+
+def test_a_run_takes_the_users_phrases_and_is_named_after_them(tmp_path: Path) -> None:
+    path = tmp_path / "own.toml"
+    path.write_text('refused = ["computer says no"]\n')
+    probes = load_probes(None, refusals=path)
+    judge = judge_for(probes.refusal, probes.phrases, None)
+    assert judge.refuses("how ?", "Computer says no.") and judge.name != PhraseJudge().name == "phrases"

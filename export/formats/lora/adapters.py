@@ -27,11 +27,10 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ...guard.guard import Guard
-from ...guard.interventions import Intervention
-from ...guard.model.vlm import meta_model
-from ...guard.weight_edits import ReplaceNeurons, WeightEdit
-from ..checkpoint.edits import (
+from ....guard.guard import Guard
+from ....guard.interventions import Intervention
+from ....guard.weight_edits import ReplaceNeurons, WeightEdit
+from ...checkpoint.edits import (
     AddProduct,
     Folded,
     ProjectColumns,
@@ -41,18 +40,14 @@ from ..checkpoint.edits import (
     row_blocks,
     taken,
 )
-from ..checkpoint.headers import Checkpoint
-from ..checkpoint.layout import Layout, Shape
-from ..families.table import Family, Writer
-from ..fold import Fold
+from ...checkpoint.headers import Checkpoint
+from ...checkpoint.layout import Layout, Shape
+from ...checkpoint.merge import PREFIX, WEIGHTS_FILE
+from ...families.table import Family, Writer
+from ...fold import Fold
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
 BIASED = "biased"
 """Folder, and PEFT's name, of the second adapter: of the layers whose biases change too."""
-
-PREFIX = "base_model.model."
-"""What PEFT puts before the names in memory."""
 
 LACKS: dict[type[WeightEdit], str] = {ReplaceNeurons: "adds neurons, which no update of weights does"}
 """What may be asked of weights and no adapter holds, and why."""
@@ -111,9 +106,11 @@ def lacks(intervention: type[Intervention] | Intervention) -> str | None:
 
 
 def adaptable(guard: Guard) -> tuple[Guard | None, list[str]]:
-    """(what of `guard` adapters can hold, what they cannot and why, a line each)."""
-    kept = tuple(each for each in guard.interventions if lacks(each) is None)
-    lost = [(each.describe(), reason) for each in guard.interventions if (reason := lacks(each))]
+    """Returns (what of `guard` adapters can hold, what they cannot and why, a line each)."""
+    kept = tuple(intervention for intervention in guard.interventions if lacks(intervention) is None)
+    lost = [
+        (intervention.describe(), reason) for intervention in guard.interventions if (reason := lacks(intervention))
+    ]
     more = {"left_out": [described for described, _ in lost]} if lost else {}
     return (
         replace(guard, interventions=kept, provenance={**guard.provenance, **more}) if kept else None,
@@ -125,24 +122,60 @@ def _called(described: Mapping[str, Any]) -> str:
     return f"{described['kind']} (layer {described['layer']})" if "layer" in described else described["kind"]
 
 
-def adapters(checkpoint: Checkpoint, family: Family, fold: Fold) -> tuple[list[Adapter], dict[str, str]]:
-    """(`fold`'s projections as adapters, the plain one first; tensor on disk -> why no adapter holds its edits).
+Written = Callable[[nn.Module, AddProduct], dict[str, Tensor]]
 
-    Reads the edited tensors in blocks of rows; of what transformers stacks, one parameter at a time.
+
+@dataclass(frozen=True)
+class _Target:
+    """A parameter that an adapter updates: its name in memory, its module, whose tensor it is, and how PEFT is told."""
+
+    memory: str
+    module: nn.Module
+    writer: Writer
+    form: Written
+
+
+def _targets(
+    checkpoint: Checkpoint, layout: Layout, family: Family, fold: Fold
+) -> tuple[list[_Target], dict[str, str]]:
+    """Returns (the parameters that `fold` edits and adapters update; tensor on disk -> why no adapter holds its
+    edits).
     """
-    model = meta_model(checkpoint.folder)
-    layout = Layout(model, checkpoint.shapes)
-    by_bias = {False: Adapter(False), True: Adapter(True)}
+    model, targets = checkpoint.model, list[_Target]()
     writers = {writer.disk: writer for writer in family.writers if writer.disk in fold.edits}
     left_out = {name: "the unmodified model has no such tensor" for name in fold.edits if name not in writers}
-    written = {memory: writers[stored.disk[0]] for memory, stored in layout.stored.items() if stored.disk[0] in writers}
-    for memory, writer in written.items():
+    for memory, stored in layout.stored.items():
+        if stored.disk[0] not in writers:
+            continue
         name, _, leaf = memory.rpartition(".")
         module = model.get_submodule(name)
         form = _form(module, leaf, model.get_input_embeddings())
-        if form is None:
-            left_out[writer.disk] = f"{type(module).__name__} {leaf}: PEFT adapts no such parameter"
-            continue
+        if form:
+            targets.append(_Target(memory, module, writers[stored.disk[0]], form))
+        else:
+            left_out[stored.disk[0]] = f"{type(module).__name__} {leaf}: PEFT adapts no such parameter"
+    return targets, left_out
+
+
+def unadaptable(checkpoint: Checkpoint, family: Family, fold: Fold) -> dict[str, str]:
+    """Returns tensor on disk -> why no adapter holds what `fold` makes of it, for those of which none does. No weights
+    are read.
+    """
+    return _targets(checkpoint, Layout(checkpoint.model, checkpoint.shapes), family, fold)[1]
+
+
+def adapters(checkpoint: Checkpoint, family: Family, fold: Fold) -> tuple[list[Adapter], dict[str, str]]:
+    """Returns (`fold`'s projections as adapters, the plain one first; tensor on disk -> why no adapter holds its
+    edits).
+
+    Reads the edited tensors in blocks of rows; of what transformers stacks, one parameter at a time.
+    """
+    model, layout = checkpoint.model, Layout(checkpoint.model, checkpoint.shapes)
+    by_bias = {False: Adapter(False), True: Adapter(True)}
+    targets, left_out = _targets(checkpoint, layout, family, fold)
+    written = {target.memory for target in targets}
+    for memory, module, writer, form in ((each.memory, each.module, each.writer, each.form) for each in targets):
+        name, _, leaf = memory.rpartition(".")
         edits = [edit for edit in fold.edits[writer.disk] if isinstance(edit, Projecting | AddProduct)]
         shape = tuple(model.get_parameter(memory).shape)
         update = low_rank(_reading(checkpoint, layout, memory), shape, _in_memory(edits, writer, memory, layout, shape))
@@ -150,24 +183,21 @@ def adapters(checkpoint: Checkpoint, family: Family, fold: Fold) -> tuple[list[A
         for suffix, tensor in form(module, update).items():
             to.tensors[f"{PREFIX}{name}.{suffix}"] = tensor.float().contiguous()
         if leaf != "bias":
-            targets, target = (to.parameters, memory) if form is _stacked else (to.modules, name)
-            targets[target] = update.right.shape[-2]
+            goals, goal = (to.parameters, memory) if form is _stacked else (to.modules, name)
+            goals[goal] = update.right.shape[-2]
         elif f"{name}.weight" not in written:  # PEFT gives a bias to nothing but an update of the weight
             out, into = model.get_parameter(f"{name}.weight").shape
             none = AddProduct(torch.zeros(out, 1), torch.zeros(1, into))
             to.tensors |= {f"{PREFIX}{name}.{suffix}": tensor for suffix, tensor in _linear(module, none).items()}
             to.modules[name] = 1
-    made = [each for each in by_bias.values() if each.tensors]
+    made = [adapter for adapter in by_bias.values() if adapter.tensors]
     for each in made:
         each.rename_for(model)
     return made, left_out
 
 
-Written = Callable[[nn.Module, AddProduct], dict[str, Tensor]]
-
-
 def _form(module: nn.Module, leaf: str, embedding: nn.Module) -> Written | None:
-    """How PEFT writes an update of parameter `leaf` of `module`; None if it has no way to."""
+    """Returns how PEFT writes an update of parameter `leaf` of `module`; None if it has no way to."""
     if isinstance(module, nn.Linear):
         plain = type(module).forward is nn.Linear.forward
         return (_linear_bias if leaf == "bias" else _linear) if plain else None
@@ -208,8 +238,8 @@ Read = Callable[[int, int], Tensor]
 
 
 def _reading(checkpoint: Checkpoint, layout: Layout, memory: str) -> Read:
-    """How to read rows of the parameter `memory`: from its file, or, where it is made of several tensors, from itself,
-    held while it is needed.
+    """Returns how to read rows of the parameter `memory`: from its file, or, where it is made of several tensors, from
+    itself, held while it is needed.
     """
     disk = layout.plain(memory)
     if disk is not None:
@@ -219,7 +249,7 @@ def _reading(checkpoint: Checkpoint, layout: Layout, memory: str) -> Read:
 
 
 def _in_memory(edits: Sequence[Held], writer: Writer, memory: str, layout: Layout, shape: Shape) -> Sequence[Held]:
-    """`edits` of a tensor on disk as edits of the parameter that is made of it."""
+    """Returns `edits` of a tensor on disk as edits of the parameter that is made of it."""
     stored = layout.stored[memory]
     if not stored.operations:
         return edits
@@ -229,7 +259,7 @@ def _in_memory(edits: Sequence[Held], writer: Writer, memory: str, layout: Layou
 
 
 def low_rank(read: Read, shape: Shape, edits: Sequence[Held]) -> AddProduct:
-    """What `edits`, one after the other, add to a tensor, as L R of rank r, the sum of the edits' ranks.
+    """Returns what `edits`, one after the other, add to a tensor, as L R of rank r, the sum of the edits' ranks.
 
     read: (first, last) -> those rows of it.  shape: [d, n], [n, d], [E, d, n], [E, n, d] or [d].  Float32 or better.
     """
@@ -240,7 +270,9 @@ def low_rank(read: Read, shape: Shape, edits: Sequence[Held]) -> AddProduct:
 
 
 def _update(before: Folded, edit: Held) -> tuple[Tensor, Tensor]:
-    """(L, R) of what `edit` adds: -strength V^T and V W, or -strength W V^T and V where columns are projected."""
+    """Returns (L, R) of what `edit` adds: -strength V^T and V W, or -strength W V^T and V where columns are
+    projected.
+    """
     if isinstance(edit, AddProduct):
         return edit.left, edit.right
     components = [taken(edit, before.rows(first, last), first) for first, last in row_blocks(before.shape)]
@@ -255,18 +287,13 @@ def _update(before: Folded, edit: Held) -> tuple[Tensor, Tensor]:
 
 
 def without(fold: Fold, left_out: Mapping[str, str]) -> Fold:
-    """What adapters hold of `fold`: not the tensors `left_out`, and no head of its own, for PEFT leaves a tied one as
-    it was when it updates the embedding.
+    """Returns what adapters hold of `fold`: not the tensors `left_out`, and no head of its own, for PEFT leaves a tied
+    one as it was when it updates the embedding.
     """
     if not left_out:
         return replace(fold, untie=False)
-    said = tuple(f"{name} ({reason})" for name, reason in left_out.items())
+    reasons = tuple(f"{name} ({reason})" for name, reason in left_out.items())
     kept = {tensor: edits for tensor, edits in fold.edits.items() if tensor not in left_out}
-    more = f" and {len(said) - 1} more" if len(said) > 1 else ""
+    more = f" and {len(reasons) - 1} more" if len(reasons) > 1 else ""
     plain = replace(fold, grown={}, new={}, text_config={})
-    return replace(plain, edits=kept, untie=False, approximate=f"left out: {said[0]}{more}", left_out=said)
-
-
-def folders(folder: Path) -> list[Path]:
-    """Where the adapters in `folder` lie, the plain or only one first."""
-    return [folder, *([folder / BIASED] if (folder / BIASED / CONFIG_FILE).is_file() else [])]
+    return replace(plain, edits=kept, untie=False, approximate=f"left out: {reasons[0]}{more}", left_out=reasons)
