@@ -19,7 +19,8 @@ from .piece import Context, Piece, Stage
 
 MARGIN = 5.0
 """Nats per token by which an answer may be less likely than the least likely hundredth of the original's own answers to
-the same prompts. On the demo (own answers 0.0, worst) answers to other prompts score -3.4 to -0.7, shuffled words -13 to -7.9.
+the same prompts. On the demo (own ones: 0.0 at worst) answers to other prompts score -3.4 to -0.7, shuffled words -13
+to -7.9.
 """
 
 
