@@ -5,10 +5,18 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+
+if find_spec("torchvision"):  # for the tests marked vision, and for what they start
+    VISION = str(Path(__file__).parent / "support" / "vision")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (VISION, os.environ.get("PYTHONPATH"))))
+    sys.path.insert(0, VISION)
+    import torchvision_operators  # noqa: F401
 
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="guardfold-modules-")  # of models that come with code
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

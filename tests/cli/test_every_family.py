@@ -78,7 +78,7 @@ def test_a_family_goes_through_the_command_line(line: Line, request: pytest.Fixt
     alias = request.node.callspec.params["line"]
     kind = json.loads((line.folder / "config.json").read_text())["model_type"]
     line("inspect", line.folder)
-    line.extract("projection", "--layers", "all")
+    line.extract("projection", "--layers", "last-half")
     few = ("--benign", line.prompts / "benign.jsonl", "--false-positive-rate", "0.05")
     line.extract("gate", *few, ends=(2,) if alias in NO_GATE else (0, 3))
 
