@@ -58,11 +58,11 @@ class Line:
             "extract", "-m", self.folder, "-g", guard, *self.anchors, "-o", f"{guard}.safetensors", *more, ends=ends
         )
 
-    def export(self, form: str, *more: object) -> dict[str, object]:
+    def export(self, form: str, *more: object) -> dict[str, Any]:
         """What the report of the folder named after `form` says."""
         chosen = ("-g", "projection.safetensors", "--format", form, "--allow-weaker", "--overwrite")
         self("export", "-m", self.folder, *chosen, "-o", form, *more)
-        report: dict[str, object] = json.loads((self.folder.parent / form / "report.json").read_text())
+        report: dict[str, Any] = json.loads((self.folder.parent / form / "report.json").read_text())
         return report
 
 
@@ -84,14 +84,14 @@ def test_a_family_goes_through_the_command_line(line: Line, request: pytest.Fixt
     assert gated.status != 2 or "dense MLP" in gated.err or "gate" in gated.err
 
     weights = line.export("safetensors", "--probes", line.prompts / "probes.jsonl")
-    assert weights["equivalence"]["compared"] == ["text", "image"]  # type: ignore[index]
-    assert weights["original"]["text"]["answered"]["total"]  # type: ignore[index]
+    assert weights["equivalence"]["compared"] == ["text", "image"]
+    assert weights["original"]["text"]["answered"]["total"]
     line("check", "safetensors", "--against", line.folder, "--skip-behaviour")
     for picture in ((), ("--image", line.prompts / "picture.png")):
         line("chat", "safetensors", "how to walk ?", "--max-tokens", "4", *picture)
 
     adapter = line.export("lora", "--skip-behaviour", "--allow-partial")
-    assert adapter["equivalence"]["compared"] == ["text", "image"]  # type: ignore[index]
+    assert adapter["equivalence"]["compared"] == ["text", "image"]
     if alias in NO_GRAPHS:
         refused = ("-g", "projection.safetensors", "--format", "onnx", "-o", "onnx", "--skip-behaviour")
         assert NO_GRAPHS[alias] in line("export", "-m", line.folder, *refused, ends=(2,)).err
