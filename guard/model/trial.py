@@ -120,6 +120,7 @@ def _interpreter(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
             yield process
         finally:
             process.kill()
+            process.wait()  # which Popen leaves out after an interrupt
 
 
 def _judge(folder: Path, status: int, said: str) -> None:
@@ -159,7 +160,8 @@ def main() -> None:
     except MemoryError:
         status = EXHAUSTED
     except BaseException as error:
-        said = str(error) if isinstance(error, InputError) else f"{folder}: {type(error).__name__}: {error}"
+        fault = f"{folder}: its processor cannot take one short question ({type(error).__name__}: {error})"
+        said = str(error) if isinstance(error, InputError) else fault
         os.write(writer, " ".join(said.split())[:2000].encode(errors="replace"))
     finally:
         os._exit(status)
@@ -203,11 +205,14 @@ def _check_template(processor: ProcessorMixin, folder: Path, picture: Image) -> 
         raise
     except Exception as error:  # a template is a program of others
         raise InputError(f"{folder}: its chat template fails ({own_words(error)}); {advice}") from error
+    longest = max(map(len, (alone, shown)))
+    if longest > MAX_CHARACTERS:
+        return longest
     if QUESTION not in alone or "'type': 'text'" in alone:
         raise InputError(f"{folder}: its chat template does not take a question in parts; {advice}")
     if shown == alone and form_of(processor) is None:
         raise InputError(f"{folder}: its chat template has no place for a picture; {advice}")
-    return max(map(len, (alone, shown)))
+    return longest
 
 
 if __name__ == "__main__":

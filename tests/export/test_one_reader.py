@@ -133,7 +133,7 @@ REFUSED: dict[str, tuple[Way, str]] = {
     "a tensor in two shards": (in_two_shards, r"model-2\.safetensors: tensor '\S+' is not in the index"),
     "another weights file named": (with_config(transformers_weights="a.safetensors"), "transformers_weights is set"),
     "another config named": (with_config(configuration_files=["config.5.0.0.json"]), "configuration_files is set"),
-    "loaded as whole numbers": (with_config(dtype="int8"), "dtype is 'int8', in which transformers loads no model"),
+    "loaded as whole numbers": (with_config(dtype="int8"), "dtype is 'int8', in which no model is loaded"),
     "loaded as nothing known": (with_config(torch_dtype=["float32"]), r"torch_dtype is \['float32'\], in which"),
     "tuples": (with_config(return_dict=False), "return_dict is false"),
     "fused modules": (with_config(fusion_config={"patch_embeddings": True}), "fusion_config is set"),
@@ -300,9 +300,9 @@ def test_inspect_says_what_export_and_extract_will(model: Path, guardfold: Comma
     change(model)
     out = tmp_path / "out"
     done = [
-        guardfold("inspect", model),
-        guardfold("export", "--model", model, "--guard", guard, "-o", out),
-        guardfold("extract", "--model", model, "-o", tmp_path / "made.safetensors"),
+        guardfold("inspect", model, cwd=tmp_path),
+        guardfold("export", "--model", model, "--guard", guard, "-o", out, cwd=tmp_path),
+        guardfold("extract", "--model", model, "-o", tmp_path / "made.safetensors", cwd=tmp_path),
     ]
     assert {each.status for each in done} == {2} and len({each.complaint for each in done}) == 1
     with pytest.raises(InputError, match=says):

@@ -89,7 +89,6 @@ def test_companions_are_copied_and_code_weights_and_secrets_are_not(source: Path
         "modeling_own.py": b"import os",
         "run.sh": b"true",
         ".env": b"KEY=1",
-        "adapter_config.json": b"{}",
         "other.safetensors": (source / "model.safetensors").read_bytes(),
     }
     (source / "images").mkdir()

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from crash import absent_or_whole, ended, fails, forked, model_and_guard, run
@@ -85,10 +86,11 @@ def test_read_only_folders_are_replaced_without_a_trace(tmp_path: Path, monkeypa
     old = tmp_path / "out" / "guarded"
     rmtree = shutil.rmtree
 
-    def strict(folder: Path) -> None:
+    def strict(folder: Path, **options: Any) -> None:
+        folder = Path(folder)
         if any(not path.stat().st_mode & 0o200 for path in [folder, *folder.rglob("*")] if path.is_dir()):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
-        rmtree(folder)
+        rmtree(folder, **options)
 
     monkeypatch.setattr("shutil.rmtree", strict)
     for folder in (old / "guardfold", old):

@@ -272,7 +272,6 @@ def test_a_report_outside_the_folder_or_that_would_fill_the_memory_is_not_read(
         (None, "image_token_id", 10**6),
         (None, "image_token_index", "x"),
         (None, "vision_feature_layer", 99),
-        (None, "output_attentions", True),
         (None, "return_dict", False),
         ("text_config", "rms_norm_eps", float("nan")),
         ("text_config", "rope_parameters", {"rope_type": "default", "rope_theta": float("nan")}),
@@ -282,7 +281,9 @@ def test_a_config_that_breaks_a_pass_is_refused_in_one_line(
     model: Path, tmp_path: Path, part: str | None, key: str, value: object
 ) -> None:
     change_json(model / "config.json", **({part: {key: value}} if part else {key: value}))
-    with pytest.raises(InputError, match=r"cannot run it|are zero or not finite|no model that") as error:
+    with pytest.raises(
+        InputError, match=r"cannot run it|are zero or not finite|no model that|no image token|returns tuples"
+    ) as error:
         exported(model, tmp_path)
     assert "\n" not in str(error.value)
 
@@ -302,11 +303,17 @@ def test_a_tensor_in_another_dtype_than_the_rest_is_compared_as_well(model: Path
     assert equivalence.passed
 
 
-@pytest.mark.parametrize(
-    "settings", [{"num_beams": 2}, {"stop_strings": ["a"]}, {"eos_token_id": "x"}, {"bad_words_ids": [[10**6]]}]
-)
-def test_a_generation_config_that_cannot_be_followed_is_refused(model: Path, settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("settings", [{"num_beams": 2}, {"stop_strings": ["a"]}, {"bad_words_ids": [[10**6]]}])
+def test_what_a_generation_config_asks_for_besides_is_not_followed(model: Path, settings: dict[str, Any]) -> None:
+    plain, changed = list[str](), list[str]()
+    answer(str(model), "How?", None, plain.append)
     change_json(model / "generation_config.json", **settings)
+    answer(str(model), "How?", None, changed.append)
+    assert changed == plain
+
+
+def test_a_generation_config_that_cannot_be_followed_is_refused(model: Path) -> None:
+    change_json(model / "generation_config.json", eos_token_id="x")
     with pytest.raises(InputError, match=r"cannot (run|load) it"):
         answer(str(model), "How?", None, lambda _: None)
 

@@ -32,7 +32,7 @@ TEMPLATES = {
         "{% for m in messages %}{{ m.content[-1].text }}{% endfor %}",
         "has no place for a picture",
     ),
-    "a complaint": ("{{ raise_exception('not today\nnor tomorrow') }}", "fails .TemplateError: not today nor tomorrow"),
+    "a complaint": ("{{ raise_exception('not today\nnor tomorrow') }}", "fails .TemplateError: not today"),
     "an escape": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "fails .SecurityError"),
 }
 
@@ -63,7 +63,7 @@ PROCESSORS: dict[str, tuple[str, dict[str, Any], str]] = {
     "no number": ("processor_config.json", {"image_processor": {"rescale_factor": "x"}}, ""),
     "another word for a picture": ("tokenizer_config.json", {"image_token": "zzz"}, ""),
     "no padding": ("tokenizer_config.json", {"pad_token": None, "eos_token": None, "tokenizer_class": None}, "pad"),
-    "nothing that a model takes": ("tokenizer_config.json", {"model_input_names": ["x"]}, "makes no"),
+    "nothing that a model takes": ("tokenizer_config.json", {"model_input_names": ["x"]}, ""),
     "padding of gigabytes": (
         "tokenizer.json",
         {
