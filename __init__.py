@@ -15,7 +15,9 @@ __all__ = ["__version__", "export_guarded", "extract_guard"]
 
 
 def __getattr__(name: str) -> Any:
-    """The pipeline's functions, imported when first used: torch takes a second that `--version` need not wait for."""
+    """Returns the pipeline's functions, imported when first used: torch takes a second that `--version` need not wait
+    for.
+    """
     if name in __all__:
         from . import pipeline
 

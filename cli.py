@@ -17,6 +17,7 @@ import typer
 from ._version import __version__
 from .guard.base.errors import InputError, Refused
 from .guard.base.untrusted import printable
+from .guard.model.complaints import own_words
 from .options import (
     MODEL_HELP,
     QA,
@@ -468,7 +469,7 @@ def _formats(
 
 
 def _check_choices(*choices: tuple[str, str, Sequence[str]]) -> None:
-    """InputError for the first (option, value, known values) whose value is not known."""
+    """Raises InputError for the first (option, value, known values) whose value is not known."""
     for name, value, known in choices:
         if value not in known:
             raise InputError(f"--{name} {value}: one of {', '.join(known)}")
@@ -503,8 +504,8 @@ def _begin(model: str) -> None:
         print(f"{model}: {ALIASES[model]}", file=sys.stderr)
 
 
-def _one_line(said: object) -> str:
-    return printable(" ".join(str(said).split()), LINE_CHARACTERS) or type(said).__name__
+def _one_line(problem: object) -> str:
+    return printable(" ".join(str(problem).split()), LINE_CHARACTERS) or type(problem).__name__
 
 
 def _open_standard_streams() -> None:
@@ -538,6 +539,8 @@ def main() -> None:
     except OSError as error:
         where = f"{error.filename}: " if error.filename is not None else ""
         status, message, cause = 2, f"error: {_one_line(f'{where}{error.strerror or error}')}", error
+    except ImportError as error:
+        status, message, cause = 2, f"error: a library cannot be imported: {_one_line(own_words(error))}", error
     except Exception as error:
         cause = error
         if hasattr(error, "format_message"):  # what the parser says of a command it cannot take

@@ -72,10 +72,12 @@ Anchors = Annotated[
 Probes = Annotated[
     list[str] | None,
     typer.Option(
+        "--evaluation-prompts",
+        "--probes",
         metavar="FILE|NAME=PATH",
-        help="Held-out prompts, JSONL or CSV with columns text and harmful (and answer); or a benchmark's own files, "
-        "asked as well: maliciousinstruct, advbench, xstest, jailbreakv, figstep, mm-safetybench, mm-vet, vqa. "
-        "Repeatable. Default: the model folder's own probes.jsonl, else the built-in ones.",
+        help="Held-out evaluation prompts, JSONL or CSV with columns text and harmful (and answer); or files of a "
+        "benchmark, asked as well: maliciousinstruct, advbench, xstest, jailbreakv, figstep, mm-safetybench, mm-vet, "
+        "vqa. Repeatable. Default: the model folder's own probes.jsonl, else the built-in ones.",
     ),
 ]
 QA = Annotated[

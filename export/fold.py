@@ -74,7 +74,9 @@ class Fold:
         return {*self.edits, *self.grown}
 
     def per_layer(self, family: Family) -> dict[str, dict[str, int]]:
-        """Layer (or "other") -> kind of edit -> number of tensors that have it, for every layer of the model."""
+        """Returns layer (or "other") -> kind of edit -> number of tensors that have it, for every layer of the
+        model.
+        """
         of_layer = {writer.disk: str(writer.layer) for writer in family.writers if writer.layer is not None}
         for layer, mlp in family.mlps.items():
             weights = (*mlp.reading, mlp.down)
@@ -88,7 +90,7 @@ class Fold:
 
 
 def fold(guard: Guard, family: Family, shapes: Mapping[str, Shape], read: Read | None = None) -> Fold:
-    """The edits that make `family`'s checkpoint equal to the model with `guard`'s hooks attached.
+    """Returns the edits that make `family`'s checkpoint equal to the model with `guard`'s hooks attached.
 
     shapes: tensor's name on disk -> shape.  read: gives the gains of post-norms, where the family has any.  Raises
     InputError if an intervention does not fit the model or cannot be held by weights.
@@ -109,7 +111,8 @@ def fold(guard: Guard, family: Family, shapes: Mapping[str, Shape], read: Read |
 
 
 def widened(family: Family, shapes: Mapping[str, Shape]) -> Fold:
-    """What would grow if a gate added neurons to the MLPs of `family`'s checkpoint; nothing is written into them.
+    """Returns what would grow if a gate added neurons to the MLPs of `family`'s checkpoint; nothing is written into
+    them.
 
     Raises InputError as `fold` does if not every layer has an MLP to be widened.
     """
@@ -136,23 +139,25 @@ class Site:
     replaced: Mapping[int, Mapping[int, tuple[int, ...]]] = field(default_factory=dict)
 
     def mlp(self, layer: int) -> MLP:
-        """The dense MLP of `layer`. InputError where it has none."""
+        """Returns the dense MLP of `layer`. InputError where it has none."""
         if layer not in self.family.mlps:
             raise InputError(f"{self.family.model_type}: layer {layer} has no dense MLP; a gate cannot be folded there")
         return self.family.mlps[layer]
 
     def form_of(self, layer: int) -> MLPForm:
-        """The form of the MLP of `layer`, as it is. InputError where it has none."""
+        """Returns the form of the MLP of `layer`, as it is. InputError where it has none."""
         mlp = self.mlp(layer)
         biased = mlp.bias_of(mlp.gate) in self.before or self.family.bias_flag is not None
         return MLPForm(mlp.up is not None, biased, self.before[mlp.down][1])
 
     def writers(self, layer: int, sublayer: str) -> list[Writer]:
-        return [each for each in self.family.writers if each.layer == layer and each.role == sublayer]
+        return [writer for writer in self.family.writers if writer.layer == layer and writer.role == sublayer]
 
 
 def _replaced(asked: Sequence[WeightEdit], site: Site) -> dict[int, dict[int, tuple[int, ...]]]:
-    """Layer -> id of a ReplaceNeurons -> the places that it takes: its own, or new ones after all that was there."""
+    """Returns layer -> id of a ReplaceNeurons -> the places that it takes: its own, or new ones after all that was
+    there.
+    """
     taken: dict[int, dict[int, tuple[int, ...]]] = {}
     for edit in (edit for edit in asked if isinstance(edit, ReplaceNeurons)):
         others = taken.setdefault(edit.layer, {})
@@ -163,7 +168,9 @@ def _replaced(asked: Sequence[WeightEdit], site: Site) -> dict[int, dict[int, tu
 
 
 def _grown(asked: Sequence[WeightEdit], site: Site) -> Fold:
-    """What grows, and by how much, if neurons are added and none recycled, and what gets biases; nothing else."""
+    """Returns what grows, and by how much, if neurons are added and none recycled, and what gets biases;
+    nothing else.
+    """
     family, shapes = site.family, site.shapes
     added = [edit for edit in asked if isinstance(edit, ReplaceNeurons) and not edit.places]
     if added and len(family.mlps) != family.layers:
@@ -198,7 +205,7 @@ def _grown(asked: Sequence[WeightEdit], site: Site) -> Fold:
 
 
 def _lacks_bias(edit: AddBias, site: Site) -> bool:
-    """Whether the MLP that `edit` gives a bias has none yet."""
+    """Tells whether the MLP that `edit` gives a bias has none yet."""
     mlp = site.family.mlps.get(edit.layer)
     return edit.sublayer == "mlp" and mlp is not None and mlp.bias_of(mlp.down) not in site.shapes
 
@@ -255,7 +262,7 @@ def _replace_neurons(edit: ReplaceNeurons, site: Site) -> Changes:
 
 
 def _add_low_rank(edit: AddLowRank, site: Site) -> Changes:
-    """What reads neurons reads nothing of those that are replaced or added, whichever edit comes first."""
+    """Returns what reads neurons reads nothing of those that are replaced or added, whichever edit comes first."""
     weight = site.mlp(edit.layer).down if edit.sublayer == "mlp" else _output_weight(edit.layer, site)
     if site.before[weight] != (len(edit.left), edit.right.shape[1]):
         raise InputError(f"{weight}: is {list(site.before[weight])}, the gate reads {edit.right.shape[1]} neurons")
@@ -268,7 +275,7 @@ def _add_low_rank(edit: AddLowRank, site: Site) -> Changes:
 def _add_bias(edit: AddBias, site: Site) -> Changes:
     weight = site.mlp(edit.layer).down if edit.sublayer == "mlp" else _output_weight(edit.layer, site)
     bias = MLP.bias_of(weight)
-    if len([each for each in site.writers(edit.layer, edit.sublayer) if each.disk not in (weight, bias)]):
+    if len([writer for writer in site.writers(edit.layer, edit.sublayer) if writer.disk not in (weight, bias)]):
         raise InputError(f"{weight}: one of a mixture of experts, whose share varies; no bias of it acts everywhere")
     if bias not in site.shapes:
         raise InputError(f"{weight}: has no bias, and no config gives it one; export it with --format onnx")
@@ -276,8 +283,10 @@ def _add_bias(edit: AddBias, site: Site) -> Changes:
 
 
 def _output_weight(layer: int, site: Site) -> str:
-    """The one weight by which the attention of `layer` writes. InputError where it is not one matrix [d, inputs]."""
-    found = [each for each in site.writers(layer, "attention") if len(site.shapes[each.disk]) > 1]
+    """Returns the one weight by which the attention of `layer` writes. InputError where it is not one matrix [d,
+    inputs].
+    """
+    found = [writer for writer in site.writers(layer, "attention") if len(site.shapes[writer.disk]) > 1]
     if len(found) != 1 or found[0].axis != 0 or len(site.shapes[found[0].disk]) != 2:
         raise InputError(f"{site.family.model_type}: the attention of layer {layer} writes by no single matrix")
     return found[0].disk

@@ -37,11 +37,11 @@ class OpenModel:
         return family_of(self.checkpoint, self.family_file)
 
     def fold(self, guard: Guard) -> Fold:
-        """`guard` as edits of this model's tensors. InputError if it does not fit or weights cannot hold it."""
+        """Returns `guard` as edits of this model's tensors. InputError if it does not fit or weights cannot hold it."""
         return fold(guard, self.family, self.checkpoint.shapes, self.checkpoint.read)
 
     def holds(self, guard: Guard) -> bool:
-        """Whether the weights of this model can hold `guard`. InputError if it does not fit the model at all."""
+        """Tells whether the weights of this model can hold `guard`. InputError if it does not fit the model at all."""
         guard.check_fits(self.family.layers, self.family.width)
         if not guard.in_weights:
             return False

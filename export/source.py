@@ -23,7 +23,7 @@ class Source:
         check_name(self.name)
 
     def describe(self) -> dict[str, Any]:
-        """What the manifest says of it."""
+        """Returns what the manifest says of it."""
         merged = {"adapter": dict(self.adapter)} if self.adapter else {}
         return {"model": self.name, "revision": self.revision, **merged}
 

@@ -58,29 +58,31 @@ class Guard:
     @property
     def in_weights(self) -> bool:
         """Whether weights can hold all of it; else only hooks do, and graphs that hooks are traced into."""
-        return all(each.asks for each in self.interventions)
+        return all(intervention.asks for intervention in self.interventions)
 
     def check_fits(self, layers: int, width: int) -> None:
-        """InputError unless every intervention acts on layers < `layers` of a residual stream `width` wide."""
-        for each in self.interventions:
-            if each.width != width:
+        """Raises InputError unless every intervention acts on layers < `layers` of a residual stream `width` wide."""
+        for intervention in self.interventions:
+            if intervention.width != width:
                 raise InputError(
-                    f"the guard's directions have {each.width} entries, the model's hidden size is {width}"
+                    f"the guard's directions have {intervention.width} entries, the model's hidden size is {width}"
                 )
-            if each.layers and max(each.layers) >= layers:
-                raise InputError(f"the guard acts on layer {each.layers[-1]}, the model's last layer is {layers - 1}")
+            if intervention.layers and max(intervention.layers) >= layers:
+                raise InputError(
+                    f"the guard acts on layer {intervention.layers[-1]}, the model's last layer is {layers - 1}"
+                )
 
     def describe(self) -> list[dict[str, Any]]:
-        return [each.describe() for each in self.interventions]
+        return [intervention.describe() for intervention in self.interventions]
 
     def to_bytes(self) -> bytes:
-        """The guard file: tensors `<intervention>/<name>` (bases in float64, else float32), JSON metadata under the key
-        `guardfold`.
+        """Returns the guard file: tensors `<intervention>/<name>` (bases in float64, else float32), JSON metadata under
+        the key `guardfold`.
         """
         tensors = {
             f"{index}/{name}": tensor.clone()  # interventions may share a basis, tensors in a file may not
-            for index, each in enumerate(self.interventions)
-            for name, tensor in each.tensors().items()
+            for index, intervention in enumerate(self.interventions)
+            for name, tensor in intervention.tensors().items()
         }
         header = {"format": FORMAT, "interventions": self.describe(), "provenance": dict(self.provenance)}
         if self.reference is not None:
@@ -107,7 +109,7 @@ class Guard:
 
     @classmethod
     def load(cls, path: Path, folder: Path | None = None) -> Self:
-        """The guard in the file `path`. InputError, naming the file, if it is not a sound guard file.
+        """Returns the guard in the file `path`. InputError, naming the file, if it is not a sound guard file.
 
         folder: what `path` lies in and no link may lead out of; without it, `path` itself may be a link.
         """
@@ -136,7 +138,9 @@ def _bytes_of(path: Path, folder: Path | None) -> bytes:
 
 
 def _header(data: bytes, where: str) -> dict[str, Any]:
-    """What the metadata of a guard file of the bytes `data` says. InputError that begins with `where` otherwise."""
+    """Returns what the metadata of a guard file of the bytes `data` says. InputError that begins with `where`
+    otherwise.
+    """
     length = int.from_bytes(data[:8], "little")
     if length > MAX_HEADER_BYTES:
         raise InputError(f"{where}: damaged guard file (a header of {length} bytes)")
@@ -148,16 +152,18 @@ def _header(data: bytes, where: str) -> dict[str, Any]:
 
 
 def _provenance(header: Mapping[str, Any]) -> dict[str, Any]:
-    """The provenance that `header` holds. InputError unless it is an object, and text that any file may hold."""
+    """Returns the provenance that `header` holds. InputError unless it is an object, and text that any file may
+    hold.
+    """
     provenance = header["provenance"]
     if not isinstance(provenance, dict):
         raise InputError(f"its provenance is a {type(provenance).__name__}, not an object")
-    json.dumps(provenance, ensure_ascii=False).encode()  # ValueError for half a character
+    json.dumps(provenance, ensure_ascii=False).encode()  # ValueError for a lone surrogate
     return provenance
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors named `prefix`/name, by name."""
+    """Returns the tensors named `prefix`/name, by name."""
     return {key.partition("/")[2]: tensor for key, tensor in tensors.items() if key.startswith(f"{prefix}/")}
 
 

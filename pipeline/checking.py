@@ -43,8 +43,8 @@ def check_guarded(
     adapter: str | None = None,
     trust_remote_code: bool = False,
 ) -> Evidence:
-    """The evidence about the guarded `folder`, weights or adapters, measured afresh against the model that it was made
-    from; with `adapter`, that is `against` after merging it.
+    """Returns the evidence about the guarded `folder`, weights or adapters, measured afresh against the model that it
+    was made from; with `adapter`, that is `against` after merging it.
 
     Raises InputError if either cannot be loaded or `folder` brings no guard file.
     """
@@ -69,7 +69,7 @@ class Served:
     verdict: Verdict | None
 
     def figures(self) -> dict[str, Any]:
-        """Everything measured, as JSON; no answers."""
+        """Returns everything measured, as JSON; no answers."""
         return {
             "guardfold": __version__,
             "endpoint": self.endpoint.address,
@@ -92,8 +92,8 @@ def check_served(
     refusals: Path | None = None,
     report: Path | None = None,
 ) -> Served:
-    """The behaviour of what an endpoint serves. The verdict is against `baseline`, else against what the report of the
-    exported `folder` has of its original, else there is none.
+    """Returns the behaviour of what an endpoint serves. The verdict is against `baseline`, else against what the report
+    of the exported `folder` has of its original, else there is none.
 
     folder: also brings its own probes.  report: a JSON file to write the figures to.  Raises InputError if the server,
     the probes or the folder cannot be used.

@@ -65,7 +65,9 @@ def describe(
 
 
 def _command(source: Source, options: GuardOptions, more: str = "") -> str:
-    """What makes the same folder again: options that are not the default, files by their names alone, and `more`."""
+    """Returns what makes the same folder again: options that are not the default, files by their names alone, and
+    `more`.
+    """
     given = {name: value for name, value in asdict(options).items() if value != getattr(GuardOptions(), name)}
     if "guard" in given and given["guard"] not in presets():
         given["guard"] = GUARD_FILE.as_posix()

@@ -54,6 +54,8 @@ class Examiner:
 
 
 def vouched(artefacts: Iterable[Artefact], evidence: Evidence) -> bool:
-    """Whether nothing was written that nobody looked at, and graphs do what torch does or were shown to be safer."""
+    """Tells whether nothing was written that nobody looked at, and graphs do what torch does or were shown to
+    be safer.
+    """
     seen = all(artefact.opened is not None for artefact in artefacts)
     return seen and (evidence.runtime is None or evidence.runtime.vouched)

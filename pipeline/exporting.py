@@ -96,7 +96,9 @@ class _Terms:
     allow_partial: bool
 
     def hold(self, form: Format, model: OpenModel, guard: Guard) -> Held:
-        """What `form` holds of `guard`. InputError, or Refused, if that is not as much or as exact as it must be."""
+        """Returns what `form` holds of `guard`. InputError, or Refused, if that is not as much or as exact as it must
+        be.
+        """
         held = form.hold(model, guard)
         if held.left_out and not self.allow_partial:
             left_out = "; ".join(held.left_out)
@@ -167,8 +169,8 @@ def _guard(
 
 
 def _in_order(formats: Formats, in_weights: bool) -> list[Format]:
-    """The formats in the order in which they are written: before those that are made of weights, weights, which lie
-    aside if nobody asked for them; none where weights cannot hold the guard.
+    """Returns the formats in the order in which they are written: before those that are made of weights, weights, which
+    lie aside if nobody asked for them; none where weights cannot hold the guard.
     """
     lacking = in_weights and all(form.derived for form in formats.chosen)
     return [*([Safetensors(formats.writing)] if lacking else []), *formats.chosen]

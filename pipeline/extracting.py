@@ -16,7 +16,8 @@ from .sources import based_on, opened
 
 @trusting_if_asked
 def extract_guard(model: str, options: GuardOptions | None = None, *, trust_remote_code: bool = False) -> Guard:
-    """The guard that `options` describe: read from a file, or made from `model` (demo, alias, hub id or folder).
+    """Returns the guard that `options` describe: read from a file, or made from `model` (demo, alias, hub id or
+    folder).
 
     Raises InputError for a model or prompts that cannot be used, layers out of range, or a rank above the anchors, and
     Refused if no candidate is within the limits or the detector cannot tell harmful prompts apart.

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..export.checkpoint.headers import Checkpoint
 from ..export.families.table import Family, family_of
 from ..export.families.traced_rows import as_toml, family_rows
-from ..export.families.tracer import hollow
+from ..export.families.tracer import without_memory
 from ..guard.base.errors import InputError
 from ..guard.base.progress import bar
 from ..guard.base.remote_code import trusting_if_asked
@@ -20,8 +20,8 @@ from .sources import headers_of
 def inspect_model(
     model: str, family_file: Path | None = None, *, trust_remote_code: bool = False
 ) -> tuple[Checkpoint, Family]:
-    """The checkpoint and family of `model`, from its config and headers alone; of a model on the hub, nothing else is
-    downloaded, and the checkpoint's data cannot be read. Raises InputError if unsupported.
+    """Returns the checkpoint and family of `model`, from its config and headers alone; of a model on the hub, nothing
+    else is downloaded, and the checkpoint's data cannot be read. Raises InputError if unsupported.
     """
     with headers_of(model) as folder:
         checkpoint = Checkpoint.open(folder)
@@ -30,11 +30,11 @@ def inspect_model(
 
 @trusting_if_asked
 def trace_family(model: str, *, trust_remote_code: bool = False) -> str:
-    """A family file that says what writes to the residual stream of `model`, found by running its class, without its
-    weights, on a text and a picture. Raises InputError if transformers cannot build or run it.
+    """Returns a family file that says what writes to the residual stream of `model`, found by running its class,
+    without its weights, on a text and a picture. Raises InputError if transformers cannot build or run it.
     """
     with headers_of(model) as folder:
-        built = hollow(meta_model(folder))
+        built = without_memory(meta_model(folder))
         with bar() as progress:
             progress.add_task("tracing", total=None)
             batches = comparison_batches(built, folder)

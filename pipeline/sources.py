@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 from ..export.checkpoint.companions import copy_companions
 from ..export.checkpoint.merge import describe_adapter, merging
-from ..export.checkpoint.remote import hollow_copy
+from ..export.checkpoint.remote import headers_only_copy
 from ..export.checkpoint.rewrite import rewrite
 from ..export.checkpoint.staging import check_room
 from ..export.model import OpenModel
@@ -26,7 +26,7 @@ from ..validators.evidence.loaded import check_loaded
 
 
 def opened(model: str, family_file: Path | None = None) -> OpenModel:
-    """The model called `model`: demo, alias, hub id or folder. Raises InputError if it cannot be had."""
+    """Returns the model called `model`: demo, alias, hub id or folder. Raises InputError if it cannot be had."""
     folder, name = resolve(model)
     return OpenModel(Source(name, folder), folder, family_file)
 
@@ -63,11 +63,11 @@ def headers_of(model: str) -> Iterator[Path]:
         return
     with TemporaryDirectory() as folder, bar() as progress:
         progress.add_task("headers", total=None)
-        yield hollow_copy(*found, Path(folder))
+        yield headers_only_copy(*found, Path(folder))
 
 
 def output_for(model: OpenModel, output: Path | str) -> Path:
-    """`output`. InputError if writing it would replace `model`."""
+    """Returns `output`. InputError if writing it would replace `model`."""
     if Path(os.path.realpath(model.source.folder)).is_relative_to(os.path.realpath(output)):
         raise InputError(f"{output}: holds the model itself; choose another --output")
     return Path(output)

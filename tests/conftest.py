@@ -5,10 +5,18 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+
+if find_spec("torchvision"):  # for the tests marked vision, and for what they start
+    VISION = str(Path(__file__).parent / "support" / "vision")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (VISION, os.environ.get("PYTHONPATH"))))
+    sys.path.insert(0, VISION)
+    import torchvision_operators  # noqa: F401
 
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="guardfold-modules-")  # of models that come with code
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -49,9 +57,9 @@ def model(tmp_path: Path, tiny_folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def guardfold(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
-    """The command line."""
-    with Command(tmp_path_factory.mktemp("command")) as command:
+def guardfold(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Iterator[Command]:
+    """The command line; the tiny model's processor is tried once for all its runs."""
+    with Command(tmp_path_factory.mktemp("command"), tiny_folder) as command:
         yield command
 
 

@@ -43,19 +43,19 @@ def new_config(config: Mapping[str, Any], family: Family, fold: Fold) -> Mapping
 
 
 def check_new_model(checkpoint: Checkpoint, family: Family, fold: Fold) -> None:
-    """InputError unless transformers would load what `fold` makes of `checkpoint`: the tensors that there will be, with
-    the config that there will be, and nothing else about the model changes. Reads no weights, and writes none.
+    """Raises InputError unless transformers would load what `fold` makes of `checkpoint`: the tensors that there will
+    be, with the config that there will be, and nothing else about the model changes. Reads no weights, and writes none.
     """
     config = new_config(checkpoint.config, family, fold)
     if config == checkpoint.config and not fold.grown:
         return
     fault = next(_faults(checkpoint, family, fold, config), None)
     if fault and fold.text_config:
-        said = " and ".join(f"{key} = {value}" for key, value in fold.text_config.items())
+        settings = " and ".join(f"{key} = {value}" for key, value in fold.text_config.items())
         advice = "--placement recycle" if family.neurons_key in fold.text_config else "--format onnx"
         raise InputError(
-            f"{checkpoint.folder}: the MLPs of {family.text_model_type} cannot grow alone: with {said} in its config, "
-            f"{fault}; use {advice}"
+            f"{checkpoint.folder}: the MLPs of {family.text_model_type} cannot grow alone: with {settings} in its "
+            f"config, {fault}; use {advice}"
         )
     if fault:
         raise InputError(f"{checkpoint.folder}: transformers would not load the result ({fault})")
@@ -80,7 +80,7 @@ def _faults(checkpoint: Checkpoint, family: Family, fold: Fold, config: Mapping[
 
 
 def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """(names of the entries that lead there, value) of everything in `value` that is no object itself."""
+    """Returns (names of the entries that lead there, value) of everything in `value` that is no object itself."""
     if not isinstance(value, dict):
         yield path, value
         return

@@ -28,7 +28,7 @@ class Edit(Protocol):
         """Takes note of rows first, first + 1, ... of the tensor, float32 or better."""
 
     def apply(self, block: Tensor, first: int) -> Tensor:
-        """What takes the place of these rows, same shape."""
+        """Returns what takes the place of these rows, same shape."""
 
 
 @dataclass
@@ -80,7 +80,7 @@ class ProjectRows(_Projection):
 
 
 def _as_matrix(block: Tensor) -> Tensor:
-    """Rows of a tensor of any shape as [rows, columns]; those of a vector have one column."""
+    """Returns rows of a tensor of any shape as [rows, columns]; those of a vector have one column."""
     return block.unsqueeze(-1).flatten(1)
 
 
@@ -150,7 +150,7 @@ class AddProduct:
         return block + self.left[rows].to(block) @ right.to(block)
 
     def turned(self) -> AddProduct:
-        """The same for the transposed tensor (of stacked ones: for each of them)."""
+        """Returns the same for the transposed tensor (of stacked ones: for each of them)."""
         return AddProduct(self.right.mT, self.left.mT)
 
 
@@ -229,8 +229,8 @@ class SetColumns:
 
 
 def written_along(edits: Sequence[Edit]) -> tuple[Tensor, int] | None:
-    """(V, axis) of the projections among `edits`: what reads their components, [m, d] float32, one below the other, and
-    the axis of the tensor that is d long; None if there are none.
+    """Returns (V, axis) of the projections among `edits`: what reads their components, [m, d] float32, one below the
+    other, and the axis of the tensor that is d long; None if there are none.
     """
     axes: dict[type, int] = {ProjectRows: 0, ProjectColumns: -1, ProjectSlices: 1}
     found = [edit for edit in edits if isinstance(edit, Projecting)]
@@ -238,7 +238,7 @@ def written_along(edits: Sequence[Edit]) -> tuple[Tensor, int] | None:
 
 
 def row_blocks(shape: Sequence[int], size: int = BLOCK_BYTES) -> list[tuple[int, int]]:
-    """(first, last) of blocks of rows that take about `size` bytes each in float32."""
+    """Returns (first, last) of blocks of rows that take about `size` bytes each in float32."""
     row_bytes = 4 * max(1, torch.Size(shape[1:]).numel())
     step = max(1, size // row_bytes)
     return [(first, min(first + step, shape[0])) for first in range(0, shape[0], step)]
@@ -268,14 +268,14 @@ class Folded:
             self._edits.append(edit)
 
     def rows(self, first: int, last: int) -> Tensor:
-        """Rows first:last after all edits, float32 or better."""
+        """Returns rows first:last after all edits, float32 or better."""
         block = self._padded(first, last)
         for edit in self._edits:
             block = edit.apply(block, first)
         return block
 
     def _padded(self, first: int, last: int) -> Tensor:
-        """Rows first:last before any edit; zeros where the tensor had none."""
+        """Returns rows first:last before any edit; zeros where the tensor had none."""
         held = min(last, self._had[0]) - first
         block = self._read(first, first + held) if held > 0 else torch.empty(0, *self.shape[1:])
         block = block.to(torch.promote_types(block.dtype, torch.float32))

@@ -103,7 +103,7 @@ class Shard:
         return json.loads(self.header).get("__metadata__", {})
 
     def check_unchanged(self) -> None:
-        """InputError if the file is no longer the one whose header was read."""
+        """Raises InputError if the file is no longer the one whose header was read."""
         descriptor = open_regular(self.path.parent, self.path.name)
         try:
             header = os.pread(descriptor, len(self.header), 8)
@@ -126,7 +126,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """The checkpoint in `folder`. InputError in one line for whatever is not as the format says."""
+        """Returns the checkpoint in `folder`. InputError in one line for whatever is not as the format says."""
         config = read_config(folder)
         _refuse_quantised(folder, config)
         check_weights(folder)
@@ -153,7 +153,7 @@ class Checkpoint:
         return meta_model(self.folder)
 
     def own_model(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-        """The same for one who changes it or computes in `dtype`. Raises as above."""
+        """Returns the same for one who changes it or computes in `dtype`. Raises as above."""
         return deepcopy(self.model) if dtype == torch.float32 else meta_model(self.folder, dtype)
 
     @property
@@ -169,13 +169,13 @@ class Checkpoint:
         return self.tensors[name][1]
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
-        """Rows first:last (default all) of tensor `name`, in its own dtype, on the CPU."""
+        """Returns rows first:last (default all) of tensor `name`, in its own dtype, on the CPU."""
         info = self.info(name)
         last = (info.shape[0] if info.shape else 1) if last is None else last
         return as_tensor(self.read_bytes(name, first, last), info)
 
     def read_bytes(self, name: str, first: int, last: int) -> bytearray:
-        """The bytes of rows first:last of tensor `name`."""
+        """Returns the bytes of rows first:last of tensor `name`."""
         shard, info = self.tensors[name]
         descriptor = open_regular(self.folder, shard.path.name)
         try:
@@ -193,7 +193,7 @@ def _refuse_quantised(folder: Path, config: dict[str, Any]) -> None:
 
 
 def as_tensor(data: bytearray, info: TensorInfo) -> Tensor:
-    """The rows of `info`'s tensor that `data` holds, sharing its memory."""
+    """Returns the rows of `info`'s tensor that `data` holds, sharing its memory."""
     rows = len(data) // info.row_bytes if info.row_bytes else info.shape[0]
     shape = (rows, *info.shape[1:]) if info.shape else ()
     if not data:
@@ -202,14 +202,14 @@ def as_tensor(data: bytearray, info: TensorInfo) -> Tensor:
 
 
 def read_row_bytes(descriptor: int, shard: Shard, info: TensorInfo, first: int, last: int) -> bytearray:
-    """Rows first:last of a tensor of the open shard `descriptor`. InputError if the file is cut short."""
+    """Returns rows first:last of a tensor of the open shard `descriptor`. InputError if the file is cut short."""
     data = bytearray((last - first) * info.row_bytes)
     read_exactly(descriptor, memoryview(data), shard.data_start + info.begin + first * info.row_bytes, shard.path)
     return data
 
 
 def read_rows(descriptor: int, shard: Shard, info: TensorInfo, first: int, last: int) -> Tensor:
-    """The same rows as a tensor of their own dtype."""
+    """Returns the same rows as a tensor of their own dtype."""
     return as_tensor(read_row_bytes(descriptor, shard, info, first, last), info)
 
 
@@ -227,7 +227,7 @@ def read_exactly(descriptor: int, into: memoryview, offset: int, path: Path) -> 
 
 
 def read_shard(folder: Path, name: str) -> Shard:
-    """The header of one safetensors file, every entry checked. InputError naming file and tensor otherwise."""
+    """Returns the header of one safetensors file, every entry checked. InputError naming file and tensor otherwise."""
     path = folder / name
     with os.fdopen(open_regular(folder, name), "rb") as file:
         stamp = _stamp(file.fileno())
@@ -241,7 +241,7 @@ def read_shard(folder: Path, name: str) -> Shard:
 
 
 def header_bytes(start: bytes, size: int, where: str) -> int:
-    """How long the header is of a safetensors file of `size` bytes whose first 8 are `start`; it follows them.
+    """Returns how long the header is of a safetensors file of `size` bytes whose first 8 are `start`; it follows them.
 
     InputError that begins with `where` if the file cannot hold it or the format does not allow it.
     """
@@ -252,7 +252,7 @@ def header_bytes(start: bytes, size: int, where: str) -> int:
 
 
 def parse_header(header: bytes, size: int, where: str) -> dict[str, TensorInfo]:
-    """The tensors of a safetensors file of `size` bytes, in the order of their data, every entry checked.
+    """Returns the tensors of a safetensors file of `size` bytes, in the order of their data, every entry checked.
 
     InputError that begins with `where` for whatever is not as the format says.
     """
@@ -309,7 +309,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
 
 
 def index_shards(folder: Path) -> list[str]:
-    """The names of the files that the index in `folder` lists. InputError if it is not sound."""
+    """Returns the names of the files that the index in `folder` lists. InputError if it is not sound."""
     return sorted(set(_read_index(folder)["weight_map"].values()))
 
 

@@ -42,7 +42,8 @@ class Stored:
     alone: bool = True
 
     def axis(self, axis: int, memory: Shape, shapes: Mapping[str, Shape]) -> int | None:
-        """The axis of each tensor on disk that is `axis` of the parameter, of shape `memory`; None if there is none.
+        """Returns the axis of each tensor on disk that is `axis` of the parameter, of shape `memory`; None if there is
+        none.
 
         shapes: tensor's name on disk -> shape.
         """
@@ -77,8 +78,8 @@ class Layout:
     def __init__(self, model: PreTrainedModel, shapes: Mapping[str, Shape]) -> None:
         transforms = get_model_conversion_mapping(model)
         self._model, self._state = model, model.state_dict(keep_vars=True)
-        self._renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
-        self._converters = [each for each in transforms if isinstance(each, WeightConverter)]
+        self._renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+        self._converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
         self._converter_of = {pattern: each for each in self._converters for pattern in each.source_patterns}
         self._groups: dict[str, tuple[WeightConverter, list[tuple[str, str]]]] = {}
         self._group_of: dict[str, str] = {}
@@ -117,7 +118,7 @@ class Layout:
             self.stored[name], self.shapes[name] = stored, shape
 
     def faults(self) -> Iterator[str]:
-        """What of the tensors on disk transformers would not load as they lie there, a line each.
+        """Returns what of the tensors on disk transformers would not load as they lie there, a line each.
 
         Two that are one parameter; one of another shape than the model's; parameters and buffers that get none, which
         it would fill with random numbers; and tensors that are nothing of the model's, unless its class expects them.
@@ -145,8 +146,8 @@ class Layout:
             )
 
     def check(self, checkpoint: Checkpoint) -> None:
-        """InputError naming the first of the faults, and what is no number of the kind that the model computes with,
-        of `checkpoint`, whose tensors these are.
+        """Raises InputError naming the first of the faults, and what is no number of the kind that the model computes
+        with, of `checkpoint`, whose tensors these are.
         """
         dtypes = (
             f"tensor {disk!r} is {checkpoint.info(disk).dtype}; {QUANTISED}"
@@ -160,8 +161,8 @@ class Layout:
             raise InputError(f"{checkpoint.folder}: {first}" + (f" (and {len(others)} more)" if others else ""))
 
     def _unmatched(self) -> tuple[list[str], list[str]]:
-        """(parameters and buffers in memory without a tensor, tensors on disk without a place in memory), but for what
-        transformers expects to be left over.
+        """Returns (parameters and buffers in memory without a tensor, tensors on disk without a place in memory), but
+        for what transformers expects to be left over.
         """
         found: Any = SimpleNamespace(missing_keys=set(), unexpected_keys={name for _, name in self._strangers})
         self._model._adjust_missing_and_unexpected_keys(found)
@@ -192,7 +193,7 @@ class Layout:
         return self._convert(self._group_of[name], read)[name] if stored.operations else read(stored.disk[0])
 
     def disk_name(self, memory: str, candidates: Iterable[str]) -> str | None:
-        """The first of `candidates` that transformers would load as `memory`, as it is."""
+        """Returns the first of `candidates` that transformers would load as `memory`, as it is."""
         return next((name for name in candidates if self._renamed(name) == (memory, None)), None)
 
     @property
@@ -201,14 +202,14 @@ class Layout:
         return {memory: stored.disk[0] for memory, stored in self.stored.items() if not stored.operations}
 
     def plain(self, memory: str) -> str | None:
-        """The one tensor on disk that is parameter `memory` just as it is; None if there is none."""
+        """Returns the one tensor on disk that is parameter `memory` just as it is; None if there is none."""
         stored = self.stored.get(memory)
         return stored.disk[0] if stored and not stored.operations else None
 
 
 def _twice(sources: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    """Those of (tensor on disk, pattern that it matched) that are the same part of what they are joined to: the same
-    pattern, and the same numbers (of layer and expert) in their names.
+    """Returns those of (tensor on disk, pattern that it matched) that are the same part of what they are joined to: the
+    same pattern, and the same numbers (of layer and expert) in their names.
     """
     seen: dict[tuple[str, ...], str] = {}
     for disk, pattern in sources:

@@ -34,7 +34,7 @@ def map_blocks_from(size: int) -> None:
         set_option(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
-def let_go_of_mapped(files: Collection[Path]) -> None:
+def drop_mapped(files: Collection[Path]) -> None:
     """Lets what this process has mapped of `files`, and writes nothing to, out of its memory until it is wanted again.
 
     For libraries that map whole files: without this, a pass over one leaves all of it resident. Only on Linux.
@@ -50,7 +50,8 @@ def let_go_of_mapped(files: Collection[Path]) -> None:
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors on the CPU are alike in shape, dtype and every bit; nan equals nan, and 0 does not equal -0.
+    """Tells whether two tensors on the CPU are alike in shape, dtype and every bit; nan equals nan, and 0 does not
+    equal -0.
 
     By memcmp: measured on 16 MB, 1.5 ms; torch.equal of the same as bytes takes 34.
     """

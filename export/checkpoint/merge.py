@@ -61,14 +61,17 @@ DESCRIPTIVE = ("base_model_class", "parent_library", "unsloth_fixed", "qat_confi
 
 
 def describe_adapter(name: str, folder: Path) -> dict[str, Any]:
-    """What a manifest says of the adapter `name` in `folder`: its hub commit, if any, and the SHA-256 of its file."""
+    """Returns what a manifest says of the adapter `name` in `folder`: its hub commit, if any, and the SHA-256 of its
+    file.
+    """
     with os.fdopen(open_regular(folder, WEIGHTS_FILE), "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"name": name, "revision": Source(name, folder).revision, "sha256": digest}
 
 
 def merging(checkpoint: Checkpoint, family: Family, folder: Path) -> Fold:
-    """The edits that merge the adapter in `folder` into `checkpoint`. Reads all of the adapter, nothing of the weights.
+    """Returns the edits that merge the adapter in `folder` into `checkpoint`. Reads all of the adapter, nothing of the
+    weights.
 
     Raises InputError, naming the file and the entry or setting, for what is unsound or cannot be merged.
     """
@@ -82,7 +85,9 @@ def merging(checkpoint: Checkpoint, family: Family, folder: Path) -> Fold:
 
 
 def updates(checkpoint: Checkpoint, folder: Path) -> dict[str, list[Edit]]:
-    """Tensor on disk -> what the adapter in `folder` makes of it, a tied head being left as it is. Raises as above."""
+    """Returns tensor on disk -> what the adapter in `folder` makes of it, a tied head being left as it is. Raises as
+    above.
+    """
     config, tensors = _read_config(folder), _read_tensors(folder)
     layout, model = Layout(checkpoint.model, checkpoint.shapes), checkpoint.own_model()
     try:
@@ -118,7 +123,7 @@ def _read_config(folder: Path) -> LoraConfig:
             f"{path}: init_lora_weights {said['init_lora_weights']!r} changes the base's weights as well; save the "
             "adapter with path_initial_model_for_weight_conversion first"
         )
-    known = {each.name for each in fields(LoraConfig)}
+    known = {field.name for field in fields(LoraConfig)}
     unknown = sorted(name for name in set(said) - known - set(DESCRIPTIVE) if said[name])
     if unknown:
         raise InputError(f"{path}: unknown setting {unknown[0]!r}; a newer PEFT may know it")
@@ -152,7 +157,7 @@ class _Entries:
         return found
 
     def find(self, name: str, like: Tensor) -> Tensor | None:
-        """The tensor `name`, if it is there and of the shape of `like`."""
+        """Returns the tensor `name`, if it is there and of the shape of `like`."""
         found = self._left.pop(name, None)
         if found is None:
             return None
@@ -170,7 +175,7 @@ class _Entries:
 
 
 def _edits(model: nn.Module, entries: _Entries, layout: Layout) -> Iterator[tuple[str, Edit]]:
-    """(parameter's name in memory, edit), tensors kept whole first."""
+    """Returns (parameter's name in memory, edit), tensors kept whole first."""
     for name, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
             for leaf, like in module.modules_to_save[NAME].named_parameters():
@@ -231,7 +236,7 @@ _UPDATES: Mapping[type, Updates] = {Linear: _linear, Embedding: _embedding, Para
 def _on_disk(
     layout: Layout, memory: str, edit: Edit, checkpoint: Checkpoint, folder: Path
 ) -> Iterator[tuple[str, Edit]]:
-    """`edit` of the parameter `memory` as edits of the tensors on disk that it is made of."""
+    """Returns `edit` of the parameter `memory` as edits of the tensors on disk that it is made of."""
     stored = layout.stored.get(memory)
     if stored is None:
         raise InputError(f"{folder}: changes {memory}, of which {checkpoint.folder} has no tensor of its own")
@@ -250,8 +255,8 @@ def _on_disk(
 def _taken_apart(
     edit: Edit, stored: Stored, shape: Sequence[int], shapes: Mapping[str, Sequence[int]]
 ) -> Sequence[Edit] | None:
-    """`edit` of a parameter of `shape` before transformers' operations were applied: one for each tensor on disk, of
-    `shapes`. None if that is not known.
+    """Returns `edit` of a parameter of `shape` before transformers' operations were applied: one for each tensor on
+    disk, of `shapes`. None if that is not known.
     """
     if not stored.operations:
         return [edit]
@@ -262,7 +267,7 @@ def _taken_apart(
         last = {len(shape) - 2, len(shape) - 1}
         if isinstance(operation, Transpose) and {operation.dim0 % len(shape), operation.dim1 % len(shape)} == last:
             if not (operation.check_dims and tuple(shapes[stored.disk[0]]) == shape):
-                parts, shape = [each.turned() for each in parts], (*shape[:-2], shape[-1], shape[-2])
+                parts, shape = [part.turned() for part in parts], (*shape[:-2], shape[-1], shape[-2])
         elif isinstance(operation, MergeModulelist) and operation.dim == 0 and len(parts) == 1:
             parts = [AddProduct(*each) for each in zip(parts[0].left, parts[0].right, strict=True)]
             shape = shape[1:]

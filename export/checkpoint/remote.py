@@ -17,7 +17,7 @@ AT_ONCE = 8
 """Headers that are asked for at the same time."""
 
 
-def hollow_copy(hub_id: str, revision: str | None, to: Path) -> Path:
+def headers_only_copy(hub_id: str, revision: str | None, to: Path) -> Path:
     """Fills the empty folder `to` with what is known of a repository without its weights, and returns it: configs,
     index and files as long as the real ones that begin with their headers, the rest being holes.
 
@@ -33,12 +33,12 @@ def hollow_copy(hub_id: str, revision: str | None, to: Path) -> Path:
         names = [SINGLE_FILE] if single else index_shards(to)
         with ThreadPoolExecutor(AT_ONCE) as pool, ExitStack() as stack:
             stack.callback(pool.shutdown, cancel_futures=True)
-            for _ in pool.map(lambda name: _hollow(files, f"{hub_id}@{commit}/{name}", to / name), names):
+            for _ in pool.map(lambda name: _headers_only(files, f"{hub_id}@{commit}/{name}", to / name), names):
                 pass
     return to
 
 
-def _hollow(files: HfFileSystem, remote: str, local: Path) -> None:
+def _headers_only(files: HfFileSystem, remote: str, local: Path) -> None:
     def ranged(first: int, last: int) -> bytes:
         return retried(lambda: files.cat_file(remote, start=first, end=last, cache_type="none"))
 
@@ -53,7 +53,7 @@ def _hollow(files: HfFileSystem, remote: str, local: Path) -> None:
 
 
 def _size(files: HfFileSystem, remote: str) -> int | None:
-    """How long the file is; None if there is none."""
+    """Returns how long the file is; None if there is none."""
     try:
         return retried(lambda: files.info(remote))["size"]
     except FileNotFoundError:

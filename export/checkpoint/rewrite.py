@@ -38,9 +38,9 @@ from .staging import check_room
 from .transfer import (
     closing,
     copy_range,
+    drop_from_cache,
     in_page_cache,
     in_threads,
-    let_go,
     one_torch_thread,
     reflink,
     write_exactly,
@@ -134,14 +134,14 @@ class _Plan:
     @classmethod
     def of(cls, shard: Shard, family: Family, fold: Fold, target: Path) -> _Plan:
         outputs = tuple(_outputs(shard, family, fold))
-        same = all(each.info == each.source for each in outputs)
+        same = all(output.info == output.source for output in outputs)
         header = shard.header if same else _new_header(shard, outputs)
         with closing(open_regular(shard.path.parent, shard.path.name)) as source:
             return cls(shard, outputs, header, target / shard.path.name, not in_page_cache(source))
 
     @property
     def untouched(self) -> bool:
-        return all(each.edits is None and each.info == each.source for each in self.outputs)
+        return all(output.edits is None and output.info == output.source for output in self.outputs)
 
     @property
     def start(self) -> int:
@@ -150,7 +150,7 @@ class _Plan:
 
     @property
     def size(self) -> int:
-        return self.start + max((each.info.end for each in self.outputs), default=0)
+        return self.start + max((output.info.end for output in self.outputs), default=0)
 
     def begin(self) -> None:
         """Makes the file at its full size, with its header."""
@@ -159,13 +159,13 @@ class _Plan:
             write_exactly(target, struct.pack("<Q", len(self.header)) + self.header, 0)
 
     def runs(self) -> Iterator[list[_Output]]:
-        """The outputs in order: each edited one alone, copies that are neighbours before and after together."""
+        """Returns the outputs in order: each edited one alone, copies that are neighbours before and after together."""
         run: list[_Output] = []
-        for each in self.outputs:
-            if run and not (_adjoin(run[-1], each) and each.info.end - run[0].info.begin <= RUN_BYTES):
+        for output in self.outputs:
+            if run and not (_adjoin(run[-1], output) and output.info.end - run[0].info.begin <= RUN_BYTES):
                 yield run
                 run = []
-            run.append(each)
+            run.append(output)
         if run:
             yield run
 
@@ -184,12 +184,12 @@ class _Plan:
                 if first.edits is None:
                     copy_range(source, target, begin, end, to, self.shard.path)
                 if self.passing:
-                    let_go(source, begin, end)
+                    drop_from_cache(source, begin, end)
             if self.passing:
-                let_go(target, to, past)
+                drop_from_cache(target, to, past)
                 self.written.append((to, past))
                 if len(self.written) > BEHIND:
-                    let_go(target, *self.written.popleft())
+                    drop_from_cache(target, *self.written.popleft())
         advance(past - to)
 
     def end(self) -> None:
@@ -197,11 +197,11 @@ class _Plan:
         if self.passing:
             with closing(os.open(self.to, os.O_WRONLY | os.O_CLOEXEC)) as target:
                 os.fdatasync(target)
-                let_go(target, 0, self.size)
+                drop_from_cache(target, 0, self.size)
 
 
 def _outputs(shard: Shard, family: Family, fold: Fold) -> Iterator[_Output]:
-    """The tensors of the new shard in the order of their data: those there were, then those the fold adds."""
+    """Returns the tensors of the new shard in the order of their data: those there were, then those the fold adds."""
     reached = 0
 
     def placed(name: str, like: TensorInfo, shape: Sequence[int]) -> TensorInfo:
@@ -222,12 +222,12 @@ def _outputs(shard: Shard, family: Family, fold: Fold) -> Iterator[_Output]:
 
 def _new_header(shard: Shard, outputs: Sequence[_Output]) -> bytes:
     entries = {
-        each.info.name: {
-            "dtype": each.info.dtype,
-            "shape": list(each.info.shape),
-            "data_offsets": [each.info.begin, each.info.end],
+        output.info.name: {
+            "dtype": output.info.dtype,
+            "shape": list(output.info.shape),
+            "data_offsets": [output.info.begin, output.info.end],
         }
-        for each in outputs
+        for output in outputs
     }
     table = {"__metadata__": shard.metadata, **entries} if shard.metadata else entries
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
@@ -235,7 +235,7 @@ def _new_header(shard: Shard, outputs: Sequence[_Output]) -> bytes:
 
 
 def _new_index(index: Mapping[str, Any], plans: Sequence[_Plan]) -> dict[str, Any]:
-    held = {each.info.name: plan.to.name for plan in plans for each in plan.outputs}
+    held = {output.info.name: plan.to.name for plan in plans for output in plan.outputs}
     changed = {**index, "weight_map": {**index["weight_map"], **held}}
     if isinstance(index.get("metadata"), dict) and "total_size" in index["metadata"]:
         size = sum(plan.size - plan.start for plan in plans)
@@ -250,7 +250,7 @@ def _adjoin(one: _Output, next_: _Output) -> bool:
 
 
 def _linked(plan: _Plan, link: Link) -> bool:
-    """Whether `plan`'s file now lies there without a copy. InputError if `link` insists on what cannot be had."""
+    """Tells whether `plan`'s file now lies there without a copy. InputError if `link` insists on what cannot be had."""
     source, path = plan.shard.path, plan.to
     if link == "none":
         return False

@@ -92,13 +92,13 @@ Block = tuple[Tensor, Sequence[Run]]
 
 
 def nearest(folded: Folded, dtype: torch.dtype) -> Iterator[Block]:
-    """The folded tensor in `dtype`, each row once, rounded to nearest."""
+    """Returns the folded tensor in `dtype`, each row once, rounded to nearest."""
     for first, last in row_blocks(folded.shape):
         yield folded.rows(first, last).to(dtype), [Run(first, last, 0)]
 
 
 def repaired(folded: Folded, dtype: torch.dtype, basis: Tensor, axis: int) -> Iterator[Block]:
-    """The same, in no particular order, rounded so that V W' = V W as nearly as it can be.
+    """Returns the same, in no particular order, rounded so that V W' = V W as nearly as it can be.
 
     What is yielded is overwritten by what comes next.
     dtype: float16 or bfloat16.  basis: V, [m, d], float32; rows need not be orthonormal.  axis: the one of the tensor
@@ -110,7 +110,9 @@ def repaired(folded: Folded, dtype: torch.dtype, basis: Tensor, axis: int) -> It
 
 
 def candidates(basis: Tensor, columns: int) -> Tensor:
-    """Which of the d rows make up for the others, in their order: all of them if d <= CANDIDATES or columns are few."""
+    """Returns which of the d rows make up for the others, in their order: all of them if d <= CANDIDATES or columns are
+    few.
+    """
     order = basis.norm(dim=0).argsort(descending=True)
     count = max(CANDIDATES, SPARE // columns)
     if len(order) > count:
@@ -211,7 +213,7 @@ def repair(held: Tensor, dtype: torch.dtype, basis: Tensor, residual: Tensor, fi
 def _by_multipliers(
     exact: Tensor, dtype: torch.dtype, basis: Tensor, inverse: Tensor, others: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(W', R): the second step of the module's. No entry is moved where one might overflow."""
+    """Returns (W', R): the second step of the module's. No entry is moved where one might overflow."""
     limits = torch.finfo(dtype)
     most = exact.abs()
     movable = bool(most.amax() * (1 + limits.eps) < limits.max)  # false where one is not finite, for the writer to see
@@ -228,7 +230,9 @@ def _by_multipliers(
 
 
 def _finishing(basis: Tensor, columns: int) -> tuple[Tensor, int]:
-    """(order, k): in this order the first k candidates take the third step of the module's, the largest |v_i| first."""
+    """Returns (order, k): in this order the first k candidates take the third step of the module's, the largest |v_i|
+    first.
+    """
     norms = basis.norm(dim=0)
     order = norms.argsort(descending=True)
     able = int((norms > NO_DIRECTION).sum())

@@ -62,7 +62,7 @@ def staging(output: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def check_room(folder: Path, needed: int) -> None:
-    """InputError unless the disk that holds `folder` has `needed` bytes, and some to spare."""
+    """Raises InputError unless the disk that holds `folder` has `needed` bytes, and some to spare."""
     free = shutil.disk_usage(folder).free
     if needed + ROOM_TO_SPARE > free:
         raise InputError(
@@ -104,7 +104,7 @@ def _parents_of(output: Path) -> Iterator[None]:
 
 
 def _claim(partial: Path, output: Path) -> int:
-    """A descriptor that holds the lock of the folder `partial`, made if it is not there."""
+    """Returns a descriptor that holds the lock of the folder `partial`, made if it is not there."""
     while True:
         with suppress(FileExistsError):
             partial.mkdir(mode=0o755)
@@ -130,7 +130,7 @@ def _claim(partial: Path, output: Path) -> int:
 
 
 def _is(descriptor: int, path: Path) -> bool:
-    """Whether `path` is what `descriptor` was opened on: not renamed, removed or made anew since."""
+    """Tells whether `path` is what `descriptor` was opened on: not renamed, removed or made anew since."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.lstat())
     except FileNotFoundError:

@@ -94,7 +94,7 @@ def write_runs(target: int, rows: torch.Tensor, runs: Sequence[tuple[int, int, i
 
 
 def in_page_cache(descriptor: int) -> bool:
-    """Whether the page cache holds the file, as far as samples tell; also where the system does not say."""
+    """Tells whether the page cache holds the file, as far as samples tell; also where the system does not say."""
     size, byte = os.fstat(descriptor).st_size, bytearray(1)
     try:
         for number in range(SAMPLES):
@@ -106,7 +106,7 @@ def in_page_cache(descriptor: int) -> bool:
     return True
 
 
-def let_go(descriptor: int, begin: int, end: int) -> None:
+def drop_from_cache(descriptor: int, begin: int, end: int) -> None:
     """Bytes begin:end leave the page cache; those not yet on the disk begin to be written, and stay until then."""
     os.posix_fadvise(descriptor, begin, end - begin, os.POSIX_FADV_DONTNEED)
 

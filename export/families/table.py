@@ -63,7 +63,7 @@ class MLP:
 
     @staticmethod
     def bias_of(weight: str) -> str:
-        """What the bias that belongs to `weight` is called, whether the checkpoint has it or not."""
+        """Returns what the bias that belongs to `weight` is called, whether the checkpoint has it or not."""
         return weight.removesuffix(".weight") + ".bias"
 
 
@@ -155,7 +155,7 @@ def _check_rows(path: Path, rows: Row) -> None:
         raise InputError(f"{path}: needs [text] or [vision], and nothing else")
     for part, row in rows.items():
         types = row.get("model_types") if isinstance(row, dict) else None
-        if not isinstance(types, list) or not types or not all(isinstance(each, str) for each in types):
+        if not isinstance(types, list) or not types or not all(isinstance(type_, str) for type_ in types):
             raise InputError(f"{path}: [{part}] needs model_types, a list of names")
         for writer in _tables(path, part, row, "writer"):
             _check_writer(f"{path}: a writer of [{part}]", writer)
@@ -180,13 +180,13 @@ def _check_writer(where: str, writer: Row) -> None:
 
 def _tables(path: Path, part: str, row: Row, key: str) -> list[Row]:
     found = row.get(key, [])
-    if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
+    if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
         raise InputError(f"{path}: [{part}]: {key} is not a list of tables")
     return found
 
 
 def family_of(checkpoint: Checkpoint, family_file: Path | None = None) -> Family:
-    """The family of `checkpoint` with every writer found on disk. No weights are read.
+    """Returns the family of `checkpoint` with every writer found on disk. No weights are read.
 
     family_file: rows that go before the built-in ones.  Raises InputError naming the model type if it has no row, or
     the tensor if transformers would load it otherwise, a row matches none, or it does not fit.
@@ -243,15 +243,17 @@ def family_of(checkpoint: Checkpoint, family_file: Path | None = None) -> Family
 
 
 def module_name(model: PreTrainedModel, module: nn.Module) -> str:
-    """What the names of `module`'s parameters begin with in `model`, dot included. InputError if it is not in it."""
-    for name, each in model.named_modules():
-        if each is module:
+    """Returns what the names of `module`'s parameters begin with in `model`, dot included. InputError if it is not in
+    it.
+    """
+    for name, child in model.named_modules():
+        if child is module:
             return f"{name}." if name else ""
     raise InputError(f"{type(model).__name__}: has no {type(module).__name__} of its own")
 
 
 def head_of(model: PreTrainedModel) -> nn.Module:
-    """The language model's head. InputError where there is none."""
+    """Returns the language model's head. InputError where there is none."""
     found = model.get_output_embeddings()
     called = (module for name, module in model.named_modules() if name.rpartition(".")[2] == "lm_head")
     head = found if found is not None else next(called, None)
@@ -261,7 +263,7 @@ def head_of(model: PreTrainedModel) -> nn.Module:
 
 
 def _obstacles(row: Row, config: PretrainedConfig) -> Iterator[str]:
-    """What `row` says against projecting the residual stream in weights, for this config."""
+    """Returns what `row` says against projecting the residual stream in weights, for this config."""
     if "refused" in row:
         yield row["refused"]
     for case in row.get("refused_if", []):
@@ -279,7 +281,7 @@ class _Search:
     width: int
 
     def rows(self, rows: list[Row], prefix: str) -> Iterator[Writer]:
-        """The writers that `rows` describe. A row of the layers may match in some layers only, or in none."""
+        """Returns the writers that `rows` describe. A row of the layers may match in some layers only, or in none."""
         for row in rows:
             targets = (
                 [f"{row['module']}.{kind}" for kind in ("weight", "bias")] if "module" in row else [row["parameter"]]
@@ -318,7 +320,7 @@ class _Search:
             yield Writer(row["role"], None if layer is None else int(layer), memory, disk, axis, norm)
 
     def _post_norm(self, row: Row, prefix: str, layer: str | None) -> PostNorm | None:
-        """The norm that `row` names, unless this model has none there (some configs switch it off)."""
+        """Returns the norm that `row` names, unless this model has none there (some configs switch it off)."""
         memory = f"{prefix}{row.get('post_norm', '')}.weight".replace("{layer}", layer or "")
         if row.get("post_norm") == "":
             return PostNorm(None, 0)
@@ -343,8 +345,8 @@ def _target(row: Row) -> str:
 
 
 def matching(target: str, names: Iterable[str]) -> list[re.Match[str]]:
-    """Those of `names` that `target` means: {layer} (a group of the match) and {n} stand for any number, {last} for the
-    highest that there is.
+    """Returns those of `names` that `target` means: {layer} (a group of the match) and {n} stand for any number, {last}
+    for the highest that there is.
     """
     text = re.escape(target).replace(r"\{n\}", r"\d+")
     pattern = re.compile(re.sub(r"\\{(layer|last)\\}", lambda found: rf"(?P<{found[1]}>\d+)", text))
@@ -356,7 +358,7 @@ def matching(target: str, names: Iterable[str]) -> list[re.Match[str]]:
 
 
 def _mlps(rows: list[Row], prefix: str, layers: int, layout: Layout) -> dict[int, MLP]:
-    """The first of `rows` whose weights a layer has, for each layer that has any."""
+    """Returns the first of `rows` whose weights a layer has, for each layer that has any."""
     mlps: dict[int, MLP] = {}
     for layer in range(layers):
         for row in rows:
@@ -373,6 +375,8 @@ _PARTS = ("gate", "up", "down")
 
 
 def _untied_name(model: PreTrainedModel, layout: Layout, embedding: str, head: str) -> str | None:
-    """What a head is called in this checkpoint's own style: beside its embedding's prefix, whichever one loads."""
+    """Returns what a head is called in this checkpoint's own style: beside its embedding's prefix, whichever
+    one loads.
+    """
     prefix = embedding.partition(".")[0]
     return layout.disk_name(head, (head,) if prefix == model.base_model_prefix else (f"{prefix}.{head}", head))

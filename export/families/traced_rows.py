@@ -26,7 +26,7 @@ from .tracer import Trace, trace
 
 
 def family_rows(model: PreTrainedModel, batches: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """A family file's content: what `model`'s layers write, [text], and what everything else does, [vision].
+    """Returns a family file's content: what `model`'s layers write, [text], and what everything else does, [vision].
 
     batches: "text" for prompts without pictures, and one for each other modality; what is not run is not found.
     """
@@ -55,8 +55,8 @@ _LAYER = re.compile(rf"({'|'.join(LAYER_LISTS)})\.\d+\.")
 
 
 def _numbered(name: str, every: Iterable[str], wanted: Container[str]) -> str:
-    """`name` with its layer's number as {layer} and any other as {n}; one of these as {last} if only the last of such
-    names is `wanted`, or as it is if neither is so.
+    """Returns `name` with its layer's number as {layer} and any other as {n}; one of these as {last} if only the last
+    of such names is `wanted`, or as it is if neither is so.
 
     every: all names there are.  Experts that were not run count as wanted.
     """
@@ -117,7 +117,9 @@ def _mlp_rows(model: PreTrainedModel, prefix: str) -> list[dict[str, str]]:
 
 
 def _computes(parts: MLPParts) -> bool:
-    """Whether the MLP is down(act(gate x) * up x) and nothing more; one that lies in the layer itself is believed."""
+    """Tells whether the MLP is down(act(gate x) * up x) and nothing more; one that lies in the layer itself is
+    believed.
+    """
     if parts.output is parts.down:
         return True
     draw = torch.Generator().manual_seed(0)
@@ -131,7 +133,7 @@ def _computes(parts: MLPParts) -> bool:
 
 
 def as_toml(rows: Mapping[str, Any]) -> str:
-    """`rows` as a family file."""
+    """Returns `rows` as a family file."""
     lines = []
     for part, table in rows.items():
         lines += [f"[{part}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items() if key not in _LISTS)]

@@ -66,12 +66,15 @@ class _Place:
 
 
 def trace(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> Trace:
-    """The writers of `model`, from one forward pass for each of `batches`. Gradients are on; nothing is changed.
+    """Returns the writers of `model`, from one forward pass for each of `batches`. Gradients are on; nothing is
+    changed.
 
     Parameters that no pass reaches are not in it.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    buffers = [each for name, each in model.named_buffers() if each.is_floating_point() and "running_" not in name]
+    buffers = [
+        buffer for name, buffer in model.named_buffers() if buffer.is_floating_point() and "running_" not in name
+    ]
     tensors = [*model.parameters(), *buffers]  # what is added and is no parameter is to be seen as well
     wanted = [tensor.requires_grad for tensor in tensors]
     found = _Found(names)
@@ -96,7 +99,9 @@ def trace(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> Trace
 
 
 def _norms_of_sums(normed: Mapping[str, Gain]) -> Iterator[str]:
-    """A norm behind which several modules write: what one of them wrote is read by another before it is normed."""
+    """Returns a norm behind which several modules write: what one of them wrote is read by another before it is
+    normed.
+    """
     behind: dict[str | None, set[str]] = {}
     for name, gain in normed.items():
         behind.setdefault(gain.name, set()).add(name.rpartition(".")[0])
@@ -154,7 +159,7 @@ class _Found:
             self.normed[name] = place.gain
 
     def _gain(self, place: _Place, side: int) -> Gain | None:
-        """The gain that this factor of a product is, if it is one vector along the residual stream."""
+        """Returns the gain that this factor of a product is, if it is one vector along the residual stream."""
         node, offset = place.node.next_functions[side][0], 0
         while node is not None and node.name() in _GAIN_STEPS:
             offset += node.name().startswith("Add")
@@ -193,7 +198,7 @@ def _shape(node: Node, output: int = 0) -> tuple[int, ...]:
 
 
 def _signed(dim: int) -> int:
-    """A dimension as autograd saved it: negative ones come as unsigned 64-bit numbers."""
+    """Returns a dimension as autograd saved it: negative ones come as unsigned 64-bit numbers."""
     return dim - 2**64 if dim >= 2**63 else dim
 
 
@@ -203,13 +208,13 @@ def _from_right(dim: int, ndim: int) -> int:
 
 
 def _is_scalar(place: _Place, side: int) -> bool:
-    """Whether this factor is one number for the whole residual axis."""
+    """Tells whether this factor is one number for the whole residual axis."""
     shape = _shape(*place.node.next_functions[side])
     return len(shape) < place.axis or (shape[-place.axis] == 1 and place.shape[-place.axis] != 1)
 
 
 def _constant_scalar(place: _Place, side: int) -> bool:
-    """The same for a factor that takes no gradient; autograd keeps it where the other factor needs it."""
+    """Returns the same for a factor that takes no gradient; autograd keeps it where the other factor needs it."""
     constant = getattr(place.node, "_saved_other" if side == 1 else "_saved_self", None)
     if not isinstance(constant, Tensor):
         return True  # a Python number
@@ -217,7 +222,7 @@ def _constant_scalar(place: _Place, side: int) -> bool:
 
 
 def _is_norm(node: Node, depth: int = 4) -> bool:
-    """Whether this factor is one over the size of something."""
+    """Tells whether this factor is one over the size of something."""
     if node is None or depth == 0:
         return False
     inverse = node.name() == "PowBackward0" and node._saved_exponent < 0
@@ -256,7 +261,7 @@ def _permute(place: _Place) -> Behind:
 
 
 def _view(place: _Place) -> Behind | None:
-    """The axis of the input that has the same size and as many entries before and after it."""
+    """Returns the axis of the input that has the same size and as many entries before and after it."""
     after, before = place.shape, _shape(*place.node.next_functions[0])
     if place.axis == 1 and (before[-1] == place.width or before[-1] > place.width == after[-1]):
         return [(0, 1)]  # states one after the other, or each its own again
@@ -274,7 +279,7 @@ def _unsqueeze(place: _Place) -> Behind:
 
 
 def _removed(place: _Place) -> Behind | None:
-    """A dimension that the operation took away (select, squeeze, unbind, a sum that does not keep it)."""
+    """Returns a dimension that the operation took away (select, squeeze, unbind, a sum that does not keep it)."""
     before = _shape(*place.node.next_functions[0])
     if len(before) == len(place.shape):
         return [(0, place.axis)]
@@ -337,12 +342,12 @@ _GAIN_STEPS = ("AddBackward0", "ToCopyBackward0", "ViewBackward0", "UnsqueezeBac
 
 
 FILLED_WITH = 0.01
-"""What a hollow model's parameters are full of: any number that is neither 0 nor large."""
+"""What a without_memory model's parameters are full of: any number that is neither 0 nor large."""
 
 
-def hollow(model: PreTrainedModel) -> PreTrainedModel:
-    """`model`, whose parameters are on meta, with one number for each parameter in their place. It runs, at any width,
-    in the memory of its states; what it computes means nothing, but it computes it in the same order.
+def without_memory(model: PreTrainedModel) -> PreTrainedModel:
+    """Returns `model`, whose parameters are on meta, with one number for each parameter in their place. It runs, at any
+    width, in the memory of its states; what it computes means nothing, but it computes it in the same order.
     """
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):

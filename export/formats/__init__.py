@@ -29,7 +29,7 @@ def register(cls: type[Format]) -> type[Format]:
 
 
 def formats_in(folder: Path) -> list[type[Format]]:
-    """The formats that `folder` holds; weights where it holds none that is known."""
+    """Returns the formats that `folder` holds; weights where it holds none that is known."""
     return [cls for cls in FORMATS.values() if cls.found(folder)] or [Safetensors]
 
 

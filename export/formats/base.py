@@ -124,11 +124,11 @@ class Format(ABC):
                 raise InputError(f"{kind.kind}: weights cannot hold it; {kind.instead}")
 
     def hold(self, model: OpenModel, guard: Guard) -> Held:
-        """What this format holds of `guard` in `model`. InputError if that is nothing, or does not fit."""
+        """Returns what this format holds of `guard` in `model`. InputError if that is nothing, or does not fit."""
         return Held(guard, model.fold(guard))
 
     def room(self, checkpoint: Checkpoint) -> int:
-        """Bytes of disk that writing it takes, about."""
+        """Returns bytes of disk that writing it takes, about."""
         return checkpoint.data_bytes
 
     @abstractmethod
@@ -142,7 +142,7 @@ class Format(ABC):
         """
 
     def notes(self, job: Job) -> Notes:
-        """What the papers say of it."""
+        """Returns what the papers say of it."""
         return Notes()
 
     @classmethod

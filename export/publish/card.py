@@ -93,13 +93,15 @@ def extend_card(folder: Path) -> None:
 
 
 def _missing(notes: Notes) -> list[str]:
-    """The paragraphs about what is left out, if anything is."""
+    """Returns the paragraphs about what is left out, if anything is."""
     lines = "\n".join(f"- {line}" for line in notes.left_out)
     return ["**Holds only a part of the guard that was asked for.** Left out:", lines] if lines else []
 
 
 def _code(folder: Path) -> dict[str, str]:
-    """What the card says differently of a base in `folder` that needs code of its own (then trusted) to be loaded."""
+    """Returns what the card says differently of a base in `folder` that needs code of its own (then trusted) to be
+    loaded.
+    """
     if not code_of(folder):
         return {"auto": "AutoModelForImageTextToText", "trust": "", "serve": "", "needs": "no custom code, no hooks"}
     return {
@@ -132,7 +134,7 @@ _TERMS = ("license", "license_name", "license_link")
 
 
 def _asked(folder: Path) -> str:
-    """What clients do with an answer that was not done here, as a parenthesis."""
+    """Returns what clients do with an answer that was not done here, as a parenthesis."""
     asked = ", ".join(f"`{name}` {printable(json.dumps(value))}" for name, value in asks_for(folder).items())
     return f" (without {asked}, which `generation_config.json` asks clients for)" if asked else ""
 

@@ -27,7 +27,7 @@ class Verification:
     differences: list[str]
 
     def __str__(self) -> str:
-        """What a verified folder is, in a line."""
+        """Returns what a verified folder is, in a line."""
         source = self.manifest.get("source", {})
         commit = f" at commit {printable(str(source['revision']))}" if source.get("revision") else ""
         model = printable(str(source.get("model", "unknown")))
@@ -55,7 +55,7 @@ def verify(name: str) -> Verification:
 
 
 def differences(folder: Path, manifest: dict[str, Any]) -> list[str]:
-    """What is not as it was measured, a line each: files that differ, are missing, or were added."""
+    """Returns what is not as it was measured, a line each: files that differ, are missing, or were added."""
     recorded, found = manifest["files"], file_hashes(folder)
     both = sorted(recorded.keys() & found.keys())
     differ = [path for path in both if found[path] != NOT_READ and found[path] != recorded[path]]

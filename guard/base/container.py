@@ -14,8 +14,8 @@ MEMORY = Path("/proc/meminfo")
 
 
 def processors(groups: Path = GROUPS, own: Path = OWN_GROUP) -> int:
-    """How many processors this process may keep busy: those it may run on, and no more than its groups' share of time
-    (a quota of 1.5 processors counts as 2).
+    """Returns how many processors this process may keep busy: those it may run on, and no more than its groups' share
+    of time (a quota of 1.5 processors counts as 2).
     """
     shares = [len(os.sched_getaffinity(0))]
     for place in _places(groups, own, "cpu"):
@@ -27,7 +27,7 @@ def processors(groups: Path = GROUPS, own: Path = OWN_GROUP) -> int:
 
 
 def free_memory(groups: Path = GROUPS, own: Path = OWN_GROUP, memory: Path = MEMORY) -> int:
-    """Bytes that this process can take yet: what the machine has left, and no more than its groups have."""
+    """Returns bytes that this process can take yet: what the machine has left, and no more than its groups have."""
     left = [1024 * int(line.split()[1]) for line in memory.read_text().splitlines() if line.startswith("MemAvailable:")]
     for place in _places(groups, own, "memory"):
         for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
@@ -38,8 +38,8 @@ def free_memory(groups: Path = GROUPS, own: Path = OWN_GROUP, memory: Path = MEM
 
 
 def _places(groups: Path, own: Path, controller: str) -> Iterator[Path]:
-    """The folders that tell of this process's groups, innermost first, of version 2 and of version 1; in a container
-    some are not there.
+    """Returns the folders that tell of this process's groups, innermost first, of version 2 and of version 1; in a
+    container some are not there.
     """
     with suppress(OSError):
         for line in own.read_text().splitlines():
@@ -47,11 +47,13 @@ def _places(groups: Path, own: Path, controller: str) -> Iterator[Path]:
             root = groups / controller if names else groups
             if not names or controller in names.split(","):
                 inside = root / path.lstrip("/")
-                yield from (each for each in (inside, *inside.parents) if each.is_relative_to(root) and each.is_dir())
+                yield from (
+                    parent for parent in (inside, *inside.parents) if parent.is_relative_to(root) and parent.is_dir()
+                )
 
 
 def _numbers(path: Path) -> list[int]:
-    """The numbers that a file of a group begins with; none where it is missing or says "max"."""
+    """Returns the numbers that a file of a group begins with; none where it is missing or says "max"."""
     with suppress(OSError, ValueError):
         return [int(word) for word in path.read_text().split()]
     return []

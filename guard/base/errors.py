@@ -10,5 +10,5 @@ class Refused(Exception):  # noqa: N818
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its name."""
+    """Returns the first line of what an error says, or its name."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -57,20 +57,20 @@ Result = TypeVar("Result")
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
-    """(hub id, revision) of HUB_ID[@REVISION]; the revision is a branch, a tag or a commit."""
+    """Returns (hub id, revision) of HUB_ID[@REVISION]; the revision is a branch, a tag or a commit."""
     hub_id, _, revision = name.partition("@")
     return hub_id, revision or None
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `name` could be owner/name."""
+    """Tells whether `name` could be owner/name."""
     return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def download(hub_id: str, revision: str | None = None) -> Path:
-    """The snapshot folder, named after its commit, of what guardfold needs of a model: configs, then model.safetensors,
-    or, where there is none, the safetensors that the index names. What the cache holds is not asked for again. Raises
-    InputError if it cannot be had.
+    """Returns the snapshot folder, named after its commit, of what guardfold needs of a model: configs, then
+    model.safetensors, or, where there is none, the safetensors that the index names. What the cache holds is not asked
+    for again. Raises InputError if it cannot be had.
     """
     with hub_errors(f"{hub_id}: cannot be had from the Hugging Face Hub"):
         folder = download_config(hub_id, revision)
@@ -80,14 +80,16 @@ def download(hub_id: str, revision: str | None = None) -> Path:
 
 
 def download_config(hub_id: str, revision: str | None = None) -> Path:
-    """The snapshot folder, named after its commit, of a model's companions, without weights; and of its code, if
-    that is trusted. Raises as `_snapshot`.
+    """Returns the snapshot folder, named after its commit, of a model's companions, without weights; and of its code,
+    if that is trusted. Raises as `_snapshot`.
     """
     return _snapshot(hub_id, revision, [*COMPANIONS, *(CODE if trusted() else [])])
 
 
 def download_everything(hub_id: str, revision: str | None = None) -> Path:
-    """The snapshot folder, named after its commit, of every file of a repository. Raises InputError as `download`."""
+    """Returns the snapshot folder, named after its commit, of every file of a repository. Raises InputError as
+    `download`.
+    """
     with hub_errors(f"{hub_id}: cannot be had from the Hugging Face Hub"):
         return _snapshot(hub_id, revision, None)
 
@@ -97,8 +99,8 @@ def _snapshot(hub_id: str, revision: str | None, patterns: list[str] | None) -> 
 
 
 def _listed(folder: Path) -> list[str]:
-    """The files that the index in `folder` names; none if there is no index, or what is wrong with it is to be said
-    where it is read.
+    """Returns the files that the index in `folder` names; none if there is no index, or what is wrong with it is to be
+    said where it is read.
     """
     try:
         index = parse_object(read_bytes(folder, INDEX, MAX_INDEX_BYTES), str(folder / INDEX))
@@ -109,7 +111,7 @@ def _listed(folder: Path) -> list[str]:
 
 
 def retried(step: Callable[[], Result]) -> Result:
-    """What `step` returns, tried again where it fails for a passing reason: a lost connection, 429, 5xx."""
+    """Returns what `step` returns, tried again where it fails for a passing reason: a lost connection, 429, 5xx."""
     for attempt in range(1, ATTEMPTS):
         try:
             return step()
@@ -145,13 +147,13 @@ def hub_errors(failed: str) -> Iterator[None]:
 
 
 def without_tokens(text: str) -> str:
-    """`text` with everything that is or looks like a token struck out."""
+    """Returns `text` with everything that is or looks like a token struck out."""
     token = get_token()
     return TOKEN.sub("<token>", text.replace(token, "<token>") if token else text)
 
 
 def _root(error: BaseException) -> BaseException:
-    """What an error that only says that something failed was raised from."""
+    """Returns what an error that only says that something failed was raised from."""
     while error.__cause__ is not None and isinstance(error, LocalEntryNotFoundError | RuntimeError):
         error = error.__cause__
     return error
@@ -177,16 +179,16 @@ def _reason(error: BaseException) -> str:
     return first_line(error)
 
 
-def _status(status: int, said: str) -> str:
-    said = f": {' '.join(said.split())[:200]}" if said else ""
+def _status(status: int, detail: str) -> str:
+    detail = f": {' '.join(detail.split())[:200]}" if detail else ""
     if status == 401:
         return f"401, the token is missing or not valid; {LOGIN}"
     if status == 403:
-        return f"403, the token may not do this; it needs write access there{said}"
+        return f"403, the token may not do this; it needs write access there{detail}"
     if status == 409:
-        return f"409, another change got in the way; try again{said}"
+        return f"409, another change got in the way; try again{detail}"
     if status == 429:
         return "429, too many requests; try again later"
     if status >= 500:
         return f"{status}, the hub is in trouble; try again later"
-    return f"{status}{said}"
+    return f"{status}{detail}"

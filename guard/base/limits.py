@@ -1,4 +1,4 @@
-"""How much memory foreign numbers may take before anything contradicts them."""
+"""How much memory untrusted numbers may take before anything contradicts them."""
 
 from __future__ import annotations
 

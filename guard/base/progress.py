@@ -14,13 +14,15 @@ CONSOLE = Console(stderr=True)
 
 
 def bar() -> Progress:
-    """A progress display on standard error that leaves nothing behind, and shows nothing where that is no terminal."""
+    """Returns a progress display on standard error that leaves nothing behind, and shows nothing where that is no
+    terminal.
+    """
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     return Progress(*columns, console=CONSOLE, transient=True, disable=not CONSOLE.is_terminal)
 
 
 def track(items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
-    """`items` one by one, under a progress bar named `what`."""
+    """Returns `items` one by one, under a progress bar named `what`."""
     if total is None and isinstance(items, Sequence):
         total = len(items)
     with bar() as progress:
@@ -28,7 +30,7 @@ def track(items: Iterable[Item], what: str, total: int | None = None) -> Iterato
 
 
 def batched(items: Sequence[Item], size: int, what: str) -> Iterator[Sequence[Item]]:
-    """`items` in batches of `size`, under a progress bar that counts items."""
+    """Returns `items` in batches of `size`, under a progress bar that counts items."""
     with bar() as progress:
         task = progress.add_task(what, total=len(items))
         for start in range(0, len(items), size):

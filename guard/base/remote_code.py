@@ -42,7 +42,7 @@ _trusted: ContextVar[bool] = ContextVar("trusted", default=False)
 
 
 def trusted() -> bool:
-    """Whether the code that comes with a model may be run now, in this thread."""
+    """Tells whether the code that comes with a model may be run now, in this thread."""
     return _trusted.get()
 
 
@@ -59,7 +59,9 @@ def trusting(allowed: bool) -> Iterator[None]:
 
 
 def trusting_if_asked(function: Callable[Params, Result]) -> Callable[Params, Result]:
-    """`function`, during whose calls a model's own code may be run if their keyword trust_remote_code says so."""
+    """Returns `function`, during whose calls a model's own code may be run if their keyword trust_remote_code
+    says so.
+    """
 
     @wraps(function)
     def call(*args: Params.args, **kwargs: Params.kwargs) -> Result:
@@ -88,13 +90,15 @@ def _config_files(folder: Path) -> Iterator[str]:
 
 
 def _objects(folder: Path, name: str) -> Iterator[dict[str, Any]]:
-    """The object in the JSON file `name` of `folder` and every object in it."""
+    """Returns the object in the JSON file `name` of `folder` and every object in it."""
     held = parse_object(read_bytes(folder, name, MAX_CONFIG_BYTES), str(folder / name))
     return (each for each in inside(held) if isinstance(each, dict))
 
 
 def check_code(folder: Path) -> None:
-    """InputError if a config file of `folder` names code that is not trusted, or anything not in the folder itself."""
+    """Raises InputError if a config file of `folder` names code that is not trusted, or anything not in the folder
+    itself.
+    """
     _refuse_audio(folder)
     _refuse_kernels(folder)
     named = code_of(folder)

@@ -28,7 +28,8 @@ SHOWN_CHARACTERS = 200
 
 
 def open_regular(folder: Path, name: str) -> int:
-    """A read-only descriptor of the regular file `name` in `folder`; never blocks, never follows a link elsewhere.
+    """Returns a read-only descriptor of the regular file `name` in `folder`; never blocks, never follows a link
+    elsewhere.
 
     A link may point inside the folder, or where the hub's cache keeps its files (snapshots/REVISION -> blobs).
     """
@@ -43,7 +44,7 @@ def open_regular(folder: Path, name: str) -> int:
 
 
 def open_given(path: Path) -> int:
-    """A read-only descriptor of the regular file that a user names, who may name a link; never blocks."""
+    """Returns a read-only descriptor of the regular file that a user names, who may name a link; never blocks."""
     return _open(_real(path), path)
 
 
@@ -52,12 +53,12 @@ def _real(path: Path) -> Path:
         return path.resolve()
     except (OSError, RuntimeError) as error:  # a link to itself
         raise InputError(f"{path}: cannot be read (a link that leads nowhere)") from error
-    except ValueError as error:  # half a character, or none at all
+    except ValueError as error:  # a lone surrogate, or no character at all
         raise InputError(f"{str(path)!r}: not a name that a file can have") from error
 
 
 def _open(real: Path, path: Path) -> int:
-    """The regular file `real`, which `path` leads to, opened for reading."""
+    """Returns the regular file `real`, which `path` leads to, opened for reading."""
     descriptor = None
     try:
         if stat.S_ISREG(real.lstat().st_mode):  # a device may do something on being opened
@@ -74,17 +75,21 @@ def _open(real: Path, path: Path) -> int:
 
 
 def is_folder(path: Path | str) -> bool:
-    """Whether `path` is a folder. False for a name that the system does not take, where Path.is_dir raises OSError."""
+    """Tells whether `path` is a folder. False for a name that the system does not take, where Path.is_dir raises
+    OSError.
+    """
     return os.path.isdir(path)  # noqa: PTH112
 
 
 def is_file(path: Path | str) -> bool:
-    """Whether `path` is a file, or a link to one. False as is_folder."""
+    """Tells whether `path` is a file, or a link to one. False as is_folder."""
     return os.path.isfile(path)  # noqa: PTH113
 
 
 def entries(folder: Path) -> Iterator[Path]:
-    """Everything at any depth of `folder` that is not a folder itself. Links are not followed, whatever they are to."""
+    """Returns everything at any depth of `folder` that is not a folder itself. Links are not followed, whatever they
+    are to.
+    """
     waiting = [folder]
     while waiting:
         place = waiting.pop()
@@ -92,12 +97,12 @@ def entries(folder: Path) -> Iterator[Path]:
             found = list(os.scandir(place))
         except OSError as error:
             raise InputError(f"{place}: cannot be read ({error.strerror})") from error
-        waiting += [place / each.name for each in found if each.is_dir(follow_symlinks=False)]
-        yield from (place / each.name for each in found if not each.is_dir(follow_symlinks=False))
+        waiting += [place / entry.name for entry in found if entry.is_dir(follow_symlinks=False)]
+        yield from (place / entry.name for entry in found if not entry.is_dir(follow_symlinks=False))
 
 
 def check_files(folder: Path, suffixes: tuple[str, ...]) -> None:
-    """InputError if a file of `folder` with such a name is a pipe, a device, or a link that leaves the folder.
+    """Raises InputError if a file of `folder` with such a name is a pipe, a device, or a link that leaves the folder.
 
     For those who hand the folder to a library that opens files by itself, some of them in FOLDERS.
     """
@@ -107,12 +112,14 @@ def check_files(folder: Path, suffixes: tuple[str, ...]) -> None:
 
 
 def read_bytes(folder: Path, name: str, limit: int) -> bytes:
-    """The bytes of `name` in `folder`. InputError if it is no regular file of the folder, or larger than `limit`."""
+    """Returns the bytes of `name` in `folder`. InputError if it is no regular file of the folder, or larger than
+    `limit`.
+    """
     return _read(open_regular(folder, name), folder / name, limit)
 
 
 def read_given(path: Path, limit: int) -> bytes:
-    """The bytes of the file that a user names. InputError if it is no regular file, or larger than `limit`."""
+    """Returns the bytes of the file that a user names. InputError if it is no regular file, or larger than `limit`."""
     return _read(open_given(path), path, limit)
 
 
@@ -128,13 +135,15 @@ def _read(descriptor: int, path: Path, limit: int) -> bytes:
 
 
 def printable(text: str, most: int = SHOWN_CHARACTERS) -> str:
-    """`text` for a line of output: what does not print is escaped, what is over `most` characters left out."""
+    """Returns `text` for a line of output: what does not print is escaped, what is over `most` characters left out."""
     shown = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text[:most])
     return shown if len(text) <= most else f"{shown}..."
 
 
 def check_name(name: str) -> None:
-    """InputError if `name`, which files are to mention, is not UTF-8: the name of a folder may be of any bytes."""
+    """Raises InputError if `name`, which files are to mention, is not UTF-8: the name of a folder may be of any
+    bytes.
+    """
     try:
         name.encode()
     except UnicodeEncodeError as error:
@@ -142,7 +151,7 @@ def check_name(name: str) -> None:
 
 
 def parse_object(text: bytes, where: str) -> dict[str, Any]:
-    """The JSON object in `text`, UTF-8, no key twice. InputError that begins with `where` otherwise."""
+    """Returns the JSON object in `text`, UTF-8, no key twice. InputError that begins with `where` otherwise."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
@@ -166,7 +175,7 @@ def parse_object(text: bytes, where: str) -> dict[str, Any]:
 
 
 def inside(value: Any) -> Iterator[Any]:
-    """`value` and everything in it, at any depth."""
+    """Returns `value` and everything in it, at any depth."""
     waiting = [value]
     while waiting:
         each = waiting.pop()
@@ -175,7 +184,7 @@ def inside(value: Any) -> Iterator[Any]:
 
 
 def _deeper(value: Any, depth: int) -> bool:
-    """Whether `value` holds anything more than `depth` levels down."""
+    """Tells whether `value` holds anything more than `depth` levels down."""
     level = [value]
     for _ in range(depth):
         level = [

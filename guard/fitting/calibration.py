@@ -55,7 +55,8 @@ def load_benign(path: Path) -> list[Prompt]:
 
 
 def deal(anchors: Anchors, benign: Sequence[Prompt]) -> dict[Role, Part]:
-    """The four parts. `pictured` are the benign prompts that bring a picture, and the part's others with one in turn.
+    """Returns the four parts. `pictured` are the benign prompts that bring a picture, and the part's others with one in
+    turn.
 
     Raises InputError if there are too few of either to be dealt out.
     """
@@ -105,7 +106,8 @@ def examples(
     usage: dict[int, Usage] | None = None,
     neurons: bool = False,
 ) -> dict[int, Examples]:
-    """layer -> Examples of `part`: anchors under every anchor kind, benign prompts, and pictured ones, with answers.
+    """Returns layer -> Examples of `part`: anchors under every anchor kind, benign prompts, and pictured ones, with
+    answers.
 
     neurons: of the MLP's neurons, [n, neurons], not of what it reads.  Harmful anchors are followed by the model's
     answer to them without a picture, so that a refusal under way is among what must not open the gate.

@@ -37,20 +37,20 @@ class Directions:
     mean: dict[int, Tensor] = field(default_factory=dict)
 
     def only(self, layers: Sequence[int]) -> Directions:
-        """The same for some of the layers."""
+        """Returns the same for some of the layers."""
         auc = {kind: {layer: scores[layer] for layer in layers} for kind, scores in self.auc.items()}
         singular_values = {layer: self.singular_values[layer] for layer in layers}
         bases, mean = ({layer: each[layer] for layer in layers if layer in each} for each in (self.bases, self.mean))
         return Directions(bases, singular_values, {layer: self.gap[layer] for layer in layers}, auc, mean)
 
     def figures(self) -> dict[str, Any]:
-        """The figures as JSON, for provenance and report."""
+        """Returns the figures as JSON, for provenance and report."""
         leading = {layer: values[:8] for layer, values in self.singular_values.items()}
         return {"singular_values": leading, "gap": self.gap, "auc": self.auc}
 
 
 def steering_basis(differences: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """(V, S) of A = U S W^T: V = the top `rank` rows of W^T, oriented so that mean(A) . v >= 0; S descending.
+    """Returns (V, S) of A = U S W^T: V = the top `rank` rows of W^T, oriented so that mean(A) . v >= 0; S descending.
 
     differences: A, [N, d], rows h(harmful_i) - h(harmless_i).  Returns V [rank, d] and S [min(N, d)], float32.
     """
@@ -75,10 +75,13 @@ def cross_fitted_auc(text: tuple[Tensor, Tensor], seen: tuple[Tensor, Tensor]) -
     return sum(scores) / 2
 
 
-def extract(vlm: VLM, anchors: Anchors, layers: Sequence[int], rank: int = 1) -> Directions:
-    """The safety steering directions of `layers` from `anchors`, text only; AUC under every kind of ANCHOR_KINDS too.
+def extract(vlm: VLM, anchors: Anchors, layers: Sequence[int], rank: int = 1, *, every: bool = False) -> Directions:
+    """Returns the safety steering directions of `layers` from `anchors`, text only; AUC under every kind of
+    ANCHOR_KINDS too.
 
-    Raises InputError if rank exceeds the number of anchors or there are fewer than 4, or states are not finite.
+    every: whether `layers` are simply all there are. One whose last position sees no word of the question yet, as below
+    a hybrid's first attention, then takes the directions of the next that does.  Raises InputError if rank exceeds the
+    number of anchors or there are fewer than 4, if states are not finite, or if they do not differ.
     """
     if len(anchors) < 4:
         raise InputError(f"{len(anchors)} anchor pairs are too few: at least 4")
@@ -88,12 +91,17 @@ def extract(vlm: VLM, anchors: Anchors, layers: Sequence[int], rank: int = 1) ->
     seen: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
     for kind in ANCHOR_KINDS:
         states = prompt_states(vlm, queries, layers, f"states, {kind}", kind)
-        halves = {layer: each.split(len(anchors)) for layer, each in states.items()}
+        halves = {layer: state.split(len(anchors)) for layer, state in states.items()}
         seen[kind] = {layer: (harmful, harmless) for layer, (harmful, harmless) in halves.items()}
-    for layer, (harmful, harmless) in seen[TEXT].items():
-        if torch.equal(harmful, harmless):
-            raise InputError(f"the anchors' harmful and harmless halves do not differ in the states of layer {layer}")
-    fitted = {layer: steering_basis(harmful - harmless, rank) for layer, (harmful, harmless) in seen[TEXT].items()}
+    differ = {layer: harmful - harmless for layer, (harmful, harmless) in seen[TEXT].items()}
+    blind = [layer for layer, difference in differ.items() if not difference.any()]
+    if blind and (len(blind) == len(differ) or not every):
+        raise InputError(
+            f"the anchors' harmful and harmless halves do not differ in the states of layer {blind[0]}; give anchors "
+            "that do, or, of layers that see only a few words, leave it out of --layers"
+        )
+    sees = {layer: min(differ.keys() - blind, key=lambda each: (each < layer, abs(each - layer))) for layer in differ}
+    fitted = {layer: steering_basis(differ[sees[layer]], rank) for layer in differ}
     return Directions(
         bases={layer: basis for layer, (basis, _) in fitted.items()},
         singular_values={layer: values.tolist() for layer, (_, values) in fitted.items()},

@@ -71,7 +71,7 @@ def fit_direction(positives: Tensor, negatives: Tensor) -> Tensor:
 
 
 def thresholds(u: Tensor, positives: Tensor, negatives: Tensor, rate: float) -> tuple[float, float]:
-    """(t0, t1) on examples that u was not fitted to.
+    """Returns (t0, t1) on examples that u was not fitted to.
 
     t0: the score that a share `rate` of the negatives exceed, whatever their number (the maximum would grow with it).
     t1: the 30 % quantile of the positives, or t0 + a tenth of the distance of the means if that is more.
@@ -121,12 +121,14 @@ def fit_unit(u: Tensor, t0: float, t1: float, positives: Tensor, negatives: Read
 
 
 def least_used(importance: Tensor, count: int) -> tuple[int, ...]:
-    """The `count` neurons that write least, in ascending order of their number.  importance: [neurons]."""
+    """Returns the `count` neurons that write least, in ascending order of their number. importance: [neurons]."""
     return tuple(sorted(importance.argsort()[:count].tolist()))
 
 
 def opening(detector: Detector, x: Tensor) -> Tensor:
-    """How far the ideal gate opens at x [n, d]: [n], 0 to 1 (beta = inf; with k.x in place of 1 for bias-free ones)."""
+    """Returns how far the ideal gate opens at x [n, d]: [n], 0 to 1 (beta = inf; with k.x in place of 1 for bias-free
+    ones).
+    """
     one = torch.ones(len(x)) if detector.unit is None else x @ detector.unit
     score = x @ detector.u
     below, above = (F.relu(score - t * one) for t in (detector.t0, detector.t1))
@@ -134,7 +136,7 @@ def opening(detector: Detector, x: Tensor) -> Tensor:
 
 
 def firing(detector: Detector, readings: Readings) -> dict[str, float]:
-    """Place -> share of its positions at which the gate opens at all (more than 1 %)."""
+    """Returns place -> share of its positions at which the gate opens at all (more than 1 %)."""
     return {
         place.name.lower(): float((opening(detector, x).abs() > 0.01).double().mean())
         for place in Place
@@ -143,7 +145,7 @@ def firing(detector: Detector, readings: Readings) -> dict[str, float]:
 
 
 def split(count: int, shares: Sequence[float]) -> list[list[int]]:
-    """Indices 0 .. count-1 dealt out in these shares, at random but always the same way."""
+    """Returns indices 0 .. count-1 dealt out in these shares, at random but always the same way."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
     bounds = [round(sum(shares[:i]) * count) for i in range(len(shares) + 1)]
     return [sorted(order[first:last]) for first, last in pairwise(bounds)]

@@ -62,7 +62,7 @@ class Material:
     @cached_property
     def directions(self) -> Directions:
         """The steering directions of every layer, from the fit part."""
-        return extract(self.vlm, self.parts["fit"].anchors, range(self.depth), self.settings.rank)
+        return extract(self.vlm, self.parts["fit"].anchors, range(self.depth), self.settings.rank, every=True)
 
     @cached_property
     def tried(self) -> list[int]:
@@ -77,7 +77,9 @@ class Material:
         return tried
 
     def examples(self, role: Role, neurons: bool = False) -> dict[int, Examples]:
-        """layer -> examples of a part: what the MLPs of the tried layers read or, with `neurons`, their neurons."""
+        """Returns layer -> examples of a part: what the MLPs of the tried layers read or, with `neurons`, their
+        neurons.
+        """
         if (role, neurons) not in self._examples:
             usage = self._usage if role == "fit" and not neurons else None
             self._examples[role, neurons] = examples(self.vlm, self.parts[role], self.tried, role, usage, neurons)
@@ -90,7 +92,9 @@ class Material:
         return biased or (not self.settings.recycle and self.gains_biases)
 
     def places(self, layer: int, count: int) -> tuple[int, ...]:
-        """The `count` least used neurons of a layer, where neurons are recycled; none where the MLP is widened."""
+        """Returns the `count` least used neurons of a layer, where neurons are recycled; none where the MLP is
+        widened.
+        """
         if not self.settings.recycle:
             return ()
         self.examples("fit")
@@ -105,7 +109,7 @@ UPPER_LAYERS = 4
 
 
 def upper_layers(depth: int) -> list[int]:
-    """The layers tried in a model of `depth`."""
+    """Returns the layers tried in a model of `depth`."""
     half = list(range(depth // 2, depth))
     if len(half) <= UPPER_LAYERS:
         return half

@@ -55,7 +55,7 @@ def forward(model: Any, batch: BatchFeature, **options: Any) -> Any:
 
 @torch.inference_mode()
 def batch_states(vlm: VLM, prompts: Sequence[Prompt], layers: Sequence[int]) -> dict[int, Tensor]:
-    """layer -> h_l of the last prompt token, [len(prompts), d] float32, in one batch; the head never runs.
+    """Returns layer -> h_l of the last prompt token, [len(prompts), d] float32, in one batch; the head never runs.
 
     A layer that a pass without a picture skips leaves the stream as the one below it left it.
     """
@@ -69,7 +69,7 @@ def batch_states(vlm: VLM, prompts: Sequence[Prompt], layers: Sequence[int]) -> 
 
 
 def _uppermost(layer: int, skipped: Set[int]) -> int:
-    """The uppermost layer up to `layer` that runs. InputError if none does."""
+    """Returns the uppermost layer up to `layer` that runs. InputError if none does."""
     for each in range(layer, -1, -1):
         if each not in skipped:
             return each
@@ -77,14 +77,15 @@ def _uppermost(layer: int, skipped: Set[int]) -> int:
 
 
 def text_states(vlm: VLM, prompts: Sequence[Prompt], layers: Sequence[int]) -> dict[int, Tensor]:
-    """layer -> h_l(q): the states of `prompts` with their images left out (TwoPass's second pass)."""
+    """Returns layer -> h_l(q): the states of `prompts` with their images left out (TwoPass's second pass)."""
     return batch_states(vlm, [replace(prompt, image=None) for prompt in prompts], layers)
 
 
 def prompt_states(
     vlm: VLM, prompts: Sequence[Prompt], layers: Sequence[int], what: str, kind: ImageKind | None = None
 ) -> dict[int, Tensor]:
-    """layer -> h_l of the last prompt token, [len(prompts), d], float32 on the CPU; a progress bar named `what`.
+    """Returns layer -> h_l of the last prompt token, [len(prompts), d], float32 on the CPU; a progress bar named
+    `what`.
 
     A picture of `kind` is attached to each prompt.
 
@@ -94,8 +95,8 @@ def prompt_states(
         batch_states(vlm, illustrated(batch, kind), layers) for batch in batched(prompts, at_once(vlm, prompts), what)
     ]
     states = {layer: torch.cat([part[layer].cpu() for part in parts]) for layer in layers}
-    for layer, each in states.items():
-        if not torch.isfinite(each).all():
+    for layer, state in states.items():
+        if not torch.isfinite(state).all():
             raise InputError(
                 f"layer {layer}: NaN or Inf in the hidden states; are the weights sound, and is the dtype wide enough?"
             )

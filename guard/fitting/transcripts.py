@@ -41,7 +41,7 @@ class Transcripts:
     kind: ImageKind | None = None
 
     def under(self, kind: ImageKind) -> Transcripts:
-        """The same prompts and answers with pictures of `kind`."""
+        """Returns the same prompts and answers with pictures of `kind`."""
         return Transcripts(self.prompts, self.answers, kind)
 
     @property
@@ -57,7 +57,7 @@ class Transcripts:
 def answer(
     vlm: VLM, prompts: Sequence[Prompt], what: str, kind: ImageKind | None = None, tokens: int = 24
 ) -> Transcripts:
-    """`prompts` with the model's own greedy answers, up to `tokens` each, cut after the end of sequence."""
+    """Returns `prompts` with the model's own greedy answers, up to `tokens` each, cut after the end of sequence."""
     model: Any = vlm.model
     answers: list[tuple[int, ...]] = []
     for batch in batched(prompts, at_once(vlm, prompts), what):
@@ -77,7 +77,7 @@ def _until_end(vlm: VLM, row: Sequence[int]) -> Iterator[int]:
 
 
 def _never_said(model: Any) -> list[int] | None:
-    """The word that stands for an image feature, which is no word of an answer."""
+    """Returns the word that stands for an image feature, which is no word of an answer."""
     token = image_token_of(model.config)
     return None if token < 0 else [token]
 
@@ -90,7 +90,7 @@ class Page:
     start: int
 
     def places(self, image_token: int) -> Tensor:
-        """[batch, positions] of Place; -1 where there is padding."""
+        """Returns [batch, positions] of Place; -1 where there is padding."""
         ids, mask = self.inputs["input_ids"], self.inputs["attention_mask"].bool()
         places = torch.full_like(ids, Place.TEXT)
         places[ids == image_token] = Place.IMAGE
@@ -100,7 +100,7 @@ class Page:
 
 
 def pages(vlm: VLM, transcripts: Transcripts, what: str) -> Iterator[Page]:
-    """The transcripts in batches, under a progress bar named `what`."""
+    """Returns the transcripts in batches, under a progress bar named `what`."""
     pad, image_token = vlm.processor.tokenizer.pad_token_id, image_token_of(vlm.model.config)
     for rows in batched(range(len(transcripts)), at_once(vlm, transcripts.prompts), what):
         batch = encode(vlm, illustrated([transcripts.prompts[row] for row in rows], transcripts.kind))
@@ -125,8 +125,8 @@ ANSWER_TYPES = {"paligemma": 1}
 
 
 def _continued(name: str, each: Tensor, count: int, kind: int) -> Tensor:
-    """What comes with `count` words after a prompt's, [batch, positions, ...]: they see the pictures that the last of
-    the prompt sees.
+    """Returns what comes with `count` words after a prompt's, [batch, positions, ...]: they see the pictures that the
+    last of the prompt sees.
     """
     last = each[:, -1:].expand(-1, count, *each.shape[2:])
     return last if name.endswith("mask") else torch.full_like(last, kind if name == "token_type_ids" else 0)
@@ -140,17 +140,17 @@ class Readings:
     places: Tensor
 
     def at(self, place: Place) -> Tensor:
-        """The readings at one kind of place, [n, d]."""
+        """Returns the readings at one kind of place, [n, d]."""
         return self.x[self.places == place]
 
     def but(self, place: Place) -> Readings:
-        """The readings everywhere else."""
+        """Returns the readings everywhere else."""
         kept = self.places != place
         return Readings(self.x[kept], self.places[kept])
 
     @classmethod
     def join(cls, parts: Sequence[Readings]) -> Readings:
-        """All of them, one after another."""
+        """Returns all of them, one after another."""
         return cls(torch.cat([part.x for part in parts]), torch.cat([part.places for part in parts]))
 
 
@@ -206,7 +206,7 @@ def read(
     usage: dict[int, Usage] | None = None,
     neurons: bool = False,
 ) -> dict[int, Readings]:
-    """layer -> what its MLP read along the transcripts (with `neurons`, what its output matrix did, [positions,
+    """Returns layer -> what its MLP read along the transcripts (with `neurons`, what its output matrix did, [positions,
     neurons]); `usage` (layer -> Usage) is added to where it is given.
 
     All last and answer positions are kept, of text and image positions PER_SEQUENCE each per sequence, the same ones in
@@ -229,21 +229,21 @@ def read(
                 parts[layer].append(Readings(x.cpu()[kept], places.cpu()[kept]))
                 if usage is not None:
                     usage.setdefault(layer, Usage()).add(used[layer].flatten(0, -2)[places.flatten() >= 0].cpu())
-    return {layer: Readings.join(each) for layer, each in parts.items()}
+    return {layer: Readings.join(part) for layer, part in parts.items()}
 
 
 def last_readings(
     vlm: VLM, prompts: Sequence[Prompt], kind: ImageKind, layer: int, what: str, neurons: bool = False
 ) -> Tensor:
-    """What the MLP of `layer` reads at the last token of each prompt under `kind`, [len(prompts), d]; with `neurons`,
-    its neurons there, [len(prompts), neurons].
+    """Returns what the MLP of `layer` reads at the last token of each prompt under `kind`, [len(prompts), d]; with
+    `neurons`, its neurons there, [len(prompts), neurons].
     """
     silent = Transcripts(tuple(prompts), ((),) * len(prompts), kind)
     return read(vlm, silent, [layer], what, neurons=neurons)[layer].at(Place.LAST)
 
 
 def _sample(places: Tensor, draw: torch.Generator) -> Tensor:
-    """[batch, positions] bool: which positions to keep."""
+    """Returns [batch, positions] bool: which positions to keep."""
     chance = torch.rand(places.shape, generator=draw)
     kept = (places == Place.LAST) | (places == Place.ANSWER)
     for place in (Place.TEXT, Place.IMAGE):
@@ -254,7 +254,9 @@ def _sample(places: Tensor, draw: torch.Generator) -> Tensor:
 
 @torch.inference_mode()
 def answer_logits(model: Any, page: Page) -> Tensor:
-    """[answer tokens of the batch, vocabulary], float32: what the model predicts where each answer token stands."""
+    """Returns [answer tokens of the batch, vocabulary], float32: what the model predicts where each answer token
+    stands.
+    """
     length = page.inputs["input_ids"].shape[1]
     kept = torch.arange(page.start - 1, length - 1, device=page.inputs["input_ids"].device)
     logits = forward(model, page.inputs, use_cache=False, logits_to_keep=kept).logits

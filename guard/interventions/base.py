@@ -94,7 +94,7 @@ class Intervention(ABC):
         """Registers the hooks that make `model` compute it. text: for interventions with `text_layers`."""
 
     def edits(self, form_of: FormOf) -> Iterable[WeightEdit]:
-        """What it asks of weights. InputError, naming the kind and the reason, if weights cannot hold it."""
+        """Returns what it asks of weights. InputError, naming the kind and the reason, if weights cannot hold it."""
         raise InputError(f"{self.kind}: weights cannot hold it; {self.instead}")
 
     @property
@@ -117,8 +117,8 @@ class Intervention(ABC):
         return ()
 
     def held_out(self, vlm: VLM, examples: Examples) -> dict[str, Any]:
-        """What `opens_on` does on examples that it was not fitted to, as JSON: `auc` by image kind, and what else tells
-        how well it opens.
+        """Returns what `opens_on` does on examples that it was not fitted to, as JSON: `auc` by image kind, and what
+        else tells how well it opens.
         """
         reading = self.opens_on
         assert reading is not None, "asked of what opens on nothing"
@@ -132,7 +132,7 @@ class Intervention(ABC):
 
     @classmethod
     def candidates(cls, material: Material) -> Iterable[Candidate]:
-        """What `--guard KIND` chooses among; nothing where the kind is no guard by itself."""
+        """Returns what `--guard KIND` chooses among; nothing where the kind is no guard by itself."""
         return ()
 
 
@@ -190,12 +190,12 @@ class MLPWrite:
 
 
 def on_output(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
-    """A forward hook that puts `change` of a module's hidden states in their place."""
+    """Returns a forward hook that puts `change` of a module's hidden states in their place."""
     return lambda _module, _args, output: with_output_tensor(output, change(output_tensor(output)))
 
 
 def widened(states: Tensor) -> Tensor:
-    """`states` in float32 or better."""
+    """Returns `states` in float32 or better."""
     return states.to(torch.promote_types(states.dtype, torch.float32))
 
 
@@ -207,14 +207,14 @@ def project_out(states: Tensor, basis: Tensor, strength: float) -> Tensor:
 
 
 def _as(dtype: torch.dtype, tensor: Tensor, where: str) -> Tensor:
-    """`tensor` on the CPU in `dtype`. InputError unless it is of one of FLOATS."""
+    """Returns `tensor` on the CPU in `dtype`. InputError unless it is of one of FLOATS."""
     if tensor.dtype not in FLOATS:
         raise InputError(f"{where}: a {tensor.dtype} tensor, where {', '.join(map(str, FLOATS))} are taken")
     return tensor.detach().to(device="cpu", dtype=dtype).contiguous()
 
 
 def check_basis(basis: Tensor, where: str) -> Tensor:
-    """`basis` [m, d] in float64, its rows orthonormal to the last place, after checking that they are so to
+    """Returns `basis` [m, d] in float64, its rows orthonormal to the last place, after checking that they are so to
     ORTHONORMAL_TOLERANCE; InputError otherwise.
 
     What a float32 basis lacks, the nearest orthonormal one replaces: (V V^T)^(-1/2) V. A projection that is applied
@@ -236,7 +236,9 @@ def check_basis(basis: Tensor, where: str) -> Tensor:
 
 
 def check_bases(bases: Mapping[int, Tensor], where: str) -> dict[int, Tensor]:
-    """`bases` (layer -> V_l) in the order of layers after check_basis, if all have one width; InputError else."""
+    """Returns `bases` (layer -> V_l) in the order of layers after check_basis, if all have one width;
+    InputError else.
+    """
     checked = {layer: check_basis(bases[layer], f"{where}, layer {layer}") for layer in sorted(bases)}
     if len({basis.shape[1] for basis in checked.values()}) != 1:
         raise InputError(f"{where}: no layers, or directions of unequal width")
@@ -244,14 +246,14 @@ def check_bases(bases: Mapping[int, Tensor], where: str) -> dict[int, Tensor]:
 
 
 def check_strength(strength: float, where: str) -> float:
-    """`strength` after checking that it lies in (0, 1]; InputError otherwise."""
+    """Returns `strength` after checking that it lies in (0, 1]; InputError otherwise."""
     if not isinstance(strength, int | float) or not 0 < strength <= 1:
         raise InputError(f"{where}: strength {strength!r} is not in (0, 1]")
     return float(strength)
 
 
 def check_vector(vector: Tensor, where: str) -> Tensor:
-    """`vector` [d] in float32 after checking that it is finite; InputError otherwise."""
+    """Returns `vector` [d] in float32 after checking that it is finite; InputError otherwise."""
     vector = _as(torch.float32, vector, where)
     if vector.ndim != 1 or not torch.isfinite(vector).all():
         raise InputError(f"{where}: not a finite vector")
@@ -259,7 +261,7 @@ def check_vector(vector: Tensor, where: str) -> Tensor:
 
 
 def parse_bases(tensors: Mapping[str, Tensor], where: str) -> dict[int, Tensor]:
-    """layer -> tensor, of tensors named by the number of their layer. InputError for any other name."""
+    """Returns layer -> tensor, of tensors named by the number of their layer. InputError for any other name."""
     for key in tensors:
         if not key.isdecimal():
             raise InputError(f"{where}: {key!r} is not a layer number")

@@ -158,15 +158,15 @@ class Gate(Intervention):
         betas = sorted({64.0, 256.0, 1024.0, self.beta})
         ramps = {beta: ramp(everything, replace(self, beta=beta), parts.act, parts.gated) for beta in betas}
         return {
-            "auc": {kind: auc(each, negatives) for kind, each in scores.items()},
-            "opens": {kind: float((each > self.t0).double().mean()) for kind, each in scores.items()},
+            "auc": {kind: auc(score, negatives) for kind, score in scores.items()},
+            "opens": {kind: float((score > self.t0).double().mean()) for kind, score in scores.items()},
             "fires_elsewhere": firing(Detector(self.detector, self.t0, self.t1, self.unit), examples.other),
             "distance_to_clip": {f"{beta:g}": float((each - ideal).abs().max()) for beta, each in ramps.items()},
         }
 
 
 def ramp(x: Tensor, gate: Gate, act: Callable[[Tensor], Tensor], gated: bool) -> Tensor:
-    """How far `gate` opens at MLP inputs `x` [..., d]: [...], 0 (shut) to 1 (open); float32 or better inside.
+    """Returns how far `gate` opens at MLP inputs `x` [..., d]: [...], 0 (shut) to 1 (open); float32 or better inside.
 
     act: the MLP's activation.  gated: whether the MLP multiplies its activation with a second linear map, so that
     without biases the ramp comes times k.x.

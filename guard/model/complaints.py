@@ -60,14 +60,16 @@ COMPLAINTS = (
 
 
 def own_words(error: BaseException) -> str:
-    """What `error` of a library comes to: of a kind that is known here in words of our own, else its type and first
-    line.
+    """Returns what `error` of a library comes to: of a kind that is known here in words of our own, else its type and
+    first line.
     """
     said = " ".join(str(part) for part in _causes(error))
     package = next((name for name in PACKAGES if name in said.lower()), None)
     if package and any(isinstance(part, ImportError) for part in _causes(error)):
         return missing(package)
-    known = next((each.ours for each in COMPLAINTS if re.search(each.pattern, said, re.IGNORECASE)), None)
+    known = next(
+        (complaint.ours for complaint in COMPLAINTS if re.search(complaint.pattern, said, re.IGNORECASE)), None
+    )
     return known or f"{type(error).__name__}: {first_line(error)}"
 
 
@@ -78,7 +80,7 @@ def missing(package: str) -> str:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """`error`, and what it was raised from."""
+    """Returns `error`, and what it was raised from."""
     while error is not None:
         yield error
         error = error.__cause__

@@ -35,8 +35,8 @@ WHEN_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon
 
 
 def asks_for(folder: Path) -> dict[str, Any]:
-    """What the generation_config.json of `folder`, where there is one, asks for beside the most likely words: entry ->
-    value. InputError if that is no sound JSON file of the folder.
+    """Returns what the generation_config.json of `folder`, where there is one, asks for beside the most likely words:
+    entry -> value. InputError if that is no sound JSON file of the folder.
     """
     path = folder / "generation_config.json"
     if not os.path.lexists(path):
@@ -54,9 +54,9 @@ def plainly(model: PreTrainedModel) -> Iterator[None]:
     says where texts begin and end and nothing else.
     """
     before: dict[Any, GenerationConfig] = {
-        each: config
-        for each in model.modules()
-        if isinstance(config := getattr(each, "generation_config", None), GenerationConfig)
+        module: config
+        for module in model.modules()
+        if isinstance(config := getattr(module, "generation_config", None), GenerationConfig)
     }
     try:
         for each, config in before.items():
@@ -68,8 +68,8 @@ def plainly(model: PreTrainedModel) -> Iterator[None]:
 
 
 def most_likely(model: Any, inputs: BatchFeature, most: int, **options: Any) -> Any:
-    """What `model.generate` returns of the most likely words, up to `most` new tokens for each row of `inputs`,
-    whatever the generation config asks for.  options: of `generate`.  InputError for what foreign numbers break.
+    """Returns what `model.generate` returns of the most likely words, up to `most` new tokens for each row of `inputs`,
+    whatever the generation config asks for. options: of `generate`. InputError for what untrusted numbers break.
     """
     with running(model), plainly(model):
         return model.generate(**inputs, do_sample=False, max_new_tokens=most, **options)

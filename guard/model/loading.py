@@ -72,8 +72,8 @@ REDIRECTING = {
 
 
 def check_loading(folder: Path, config: Mapping[str, Any]) -> None:
-    """InputError naming the file or the entry of `config`, config.json of `folder`, that would make transformers load
-    another model than the one whose tensors lie there.
+    """Raises InputError naming the file or the entry of `config`, config.json of `folder`, that would make transformers
+    load another model than the one whose tensors lie there.
     """
     if os.path.lexists(folder / ADAPTER):
         raise InputError(

@@ -35,8 +35,8 @@ TEMPLATE_FILE = "chat_template.jinja"
 
 
 def opened(folder: Path) -> ProcessorMixin:
-    """The processor in `folder` as transformers loads it, padding on the left; where it brings no chat template, with
-    its tokenizer's. InputError if there is none, or it cannot be asked.
+    """Returns the processor in `folder` as transformers loads it, padding on the left; where it brings no chat
+    template, with its tokenizer's. InputError if there is none, or it cannot be asked.
     """
     try:
         processor: Any = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted())
@@ -62,12 +62,12 @@ def opened(folder: Path) -> ProcessorMixin:
 
 
 def form_of(processor: ProcessorMixin) -> Form | None:
-    """How `processor` is asked if not by chat template alone."""
+    """Returns how `processor` is asked if not by chat template alone."""
     return FORMS.get(type(processor).__name__)
 
 
 def _check_settings(folder: Path, processor: ProcessorMixin) -> None:
-    """InputError for a number that its class needs and its files do not have."""
+    """Raises InputError for a number that its class needs and its files do not have."""
     for name, place in SETTINGS.items():
         if getattr(processor, name, 0) is None:
             value: Any = parse_object(read_bytes(folder, "config.json", MAX_CONFIG_BYTES), str(folder / "config.json"))
@@ -80,7 +80,7 @@ def _check_settings(folder: Path, processor: ProcessorMixin) -> None:
 
 
 def _template(folder: Path, found: str | Mapping[str, str] | None) -> str | None:
-    """The chat template itself, of several that have names the default one."""
+    """Returns the chat template itself, of several that have names the default one."""
     if found is None or isinstance(found, str):
         return found
     if "default" not in found:
@@ -101,8 +101,8 @@ def words_of(processor: ProcessorMixin, asked: Asked) -> str:
 
 
 def encoded(processor: ProcessorMixin, asked: Sequence[Asked], where: Path) -> BatchFeature:
-    """The questions, all with a picture or none, as tensors padded to one length: what the processor's class makes of
-    them, less labels to learn from.
+    """Returns the questions, all with a picture or none, as tensors padded to one length: what the processor's class
+    makes of them, less labels to learn from.
 
     Raises InputError that begins with `where` if the processor cannot take them.
     """
@@ -111,7 +111,7 @@ def encoded(processor: ProcessorMixin, asked: Sequence[Asked], where: Path) -> B
         batch = _formed(processor, form, asked) if form else _templated(processor, asked)
     except MemoryError:
         raise
-    except Exception as error:  # foreign numbers and words can break a processor in any way
+    except Exception as error:  # untrusted numbers and words can break a processor in any way
         raise InputError(f"{where}: its processor cannot take a prompt ({own_words(error)})") from error
     missing = {"input_ids", "attention_mask"} - set(batch)
     if missing:
@@ -142,7 +142,7 @@ def _formed(processor: ProcessorMixin, form: Form, asked: Sequence[Asked]) -> Ba
         made = taking(text=words, images=pictures or None, **common, **options)
     else:
         begin = taking.tokenizer.bos_token or ""
-        alone = [form.alone.format(bos=begin, words=each) for each in words]
+        alone = [form.alone.format(bos=begin, words=word) for word in words]
         made = taking.tokenizer(alone, return_token_type_ids=True, **common)
     return BatchFeature(dict(made))
 

@@ -44,7 +44,9 @@ EXTRA_LAYER_LISTS = ("gated_cross_attn_layers",)
 
 
 def decoder(model: PreTrainedModel) -> Any:
-    """The module that holds the language model's layers and their final norm. InputError where none is found."""
+    """Returns the module that holds the language model's layers and their final norm. InputError where none is
+    found.
+    """
     found: Any = model
     while not any(isinstance(getattr(found, name, None), nn.ModuleList) for name in LAYER_LISTS):
         inner = found.get_decoder() if hasattr(found, "get_decoder") else found
@@ -56,13 +58,15 @@ def decoder(model: PreTrainedModel) -> Any:
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The language model's decoder layers, first to last."""
+    """Returns the language model's decoder layers, first to last."""
     found = decoder(model)
     return list(getattr(found, next(name for name in LAYER_LISTS if hasattr(found, name))))
 
 
 def skipped_on_text(model: PreTrainedModel) -> frozenset[int]:
-    """The decoder layers that a pass without a picture does not run: it leaves the residual stream there as it is."""
+    """Returns the decoder layers that a pass without a picture does not run: it leaves the residual stream there as it
+    is.
+    """
     text = model.config.get_text_config()
     return frozenset(layer for name in SKIPPED_LAYERS for layer in getattr(text, name, None) or ())
 
@@ -76,8 +80,8 @@ def _child(module: nn.Module, names: tuple[str, ...]) -> nn.Module:
 
 
 def sublayers(layer: nn.Module) -> dict[str, nn.Module]:
-    """Name -> module, of a decoder layer's attention and MLP (in OPT, its second linear): what they return (first, if
-    it is a tuple) is what they write. A hybrid's convolution or state-space mixer counts as attention.
+    """Returns name -> module, of a decoder layer's attention and MLP (in OPT, its second linear): what they return
+    (first, if it is a tuple) is what they write. A hybrid's convolution or state-space mixer counts as attention.
     """
     named = {name: getattr(layer, name, None) for name in (*ATTENTION_NAMES, *MLP_NAMES)}
     return {name: module for name, module in named.items() if isinstance(module, nn.Module)}
@@ -109,7 +113,9 @@ class MLPParts:
 
 
 def mlp_parts(layer: nn.Module) -> MLPParts:
-    """The dense MLP of a decoder layer by role, or the shared expert among its experts; InputError without either."""
+    """Returns the dense MLP of a decoder layer by role, or the shared expert among its experts; InputError without
+    either.
+    """
     mlps = [module for name in MLP_NAMES if isinstance(module := getattr(layer, name, None), nn.Module)]
     named = [(getattr(mlp, name, None), mlp) for mlp in mlps for name in SHARED_EXPERT_NAMES]
     held = [(expert, mlp) for expert, mlp in named if isinstance(expert, nn.Module)]
@@ -126,13 +132,13 @@ def mlp_parts(layer: nn.Module) -> MLPParts:
 
 
 def final_norm(model: PreTrainedModel) -> nn.Module:
-    """The norm between the last decoder layer and the language model's head."""
+    """Returns the norm between the last decoder layer and the language model's head."""
     return _child(decoder(model), FINAL_NORM_NAMES)
 
 
 def residual_readers(model: PreTrainedModel) -> list[nn.Module]:
-    """Every module that reads the residual stream: each layer's norms before its sublayers, or, in a layer without such
-    norms, the sublayers themselves; and the final norm.
+    """Returns every module that reads the residual stream: each layer's norms before its sublayers, or, in a layer
+    without such norms, the sublayers themselves; and the final norm.
     """
     extra = [block for name in EXTRA_LAYER_LISTS for block in getattr(decoder(model), name, ())]
     return [*(reader for layer in (*decoder_layers(model), *extra) for reader in _readers(layer)), final_norm(model)]
@@ -150,10 +156,10 @@ def _readers(layer: nn.Module) -> list[nn.Module]:
 
 
 def output_tensor(output: Tensor | tuple[Any, ...]) -> Tensor:
-    """A module's hidden states, whether it returns them alone or first in a tuple."""
+    """Returns a module's hidden states, whether it returns them alone or first in a tuple."""
     return output[0] if isinstance(output, tuple) else output
 
 
 def with_output_tensor(output: Tensor | tuple[Any, ...], tensor: Tensor) -> Tensor | tuple[Any, ...]:
-    """`output` with its hidden states replaced by `tensor`."""
+    """Returns `output` with its hidden states replaced by `tensor`."""
     return (tensor, *output[1:]) if isinstance(output, tuple) else tensor

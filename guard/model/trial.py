@@ -123,7 +123,7 @@ def _interpreter(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def _judge(folder: Path, status: int, said: str) -> None:
-    """InputError for what an interpreter that ended with `status` found, if it found anything."""
+    """Raises InputError for what an interpreter that ended with `status` found, if it found anything."""
     *begun, complaint = said.split("\n")
     if not begun:
         raise InputError(f"{folder}: its processor cannot be tried: {sys.executable} ends with status {status}")
@@ -190,8 +190,8 @@ def _try(folder: Path, seconds: float, begin: Callable[[str], object]) -> int:
 
 
 def _check_template(processor: ProcessorMixin, folder: Path, picture: Image) -> int:
-    """How many characters its chat template makes of the question; InputError if that is not the question, and with a
-    picture a place for it.
+    """Returns how many characters its chat template makes of the question; InputError if that is not the question, and
+    with a picture a place for it.
     """
     from .complaints import own_words
     from .processor import QUESTION, TEMPLATE_FILE, form_of, words_of

@@ -131,7 +131,7 @@ class VLM:
 
 
 def located(name: str) -> Path | tuple[str, str | None]:
-    """The folder that `name` is, the demo's if that is meant, or the (hub id, revision) that it stands for."""
+    """Returns the folder that `name` is, the demo's if that is meant, or the (hub id, revision) that it stands for."""
     if name == DEMO:
         return DEMO_FOLDER
     if Path(name).is_dir():
@@ -145,7 +145,7 @@ def located(name: str) -> Path | tuple[str, str | None]:
 
 
 def resolve(name: str) -> tuple[Path, str]:
-    """(folder, source) of `name`: the demo, a folder, an alias or a hub id (@REVISION), downloaded if need be.
+    """Returns (folder, source) of `name`: the demo, a folder, an alias or a hub id (@REVISION), downloaded if need be.
 
     `source` is what the manifest calls the model: the alias's hub id, the hub id, or the folder's name.
     """
@@ -170,7 +170,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _check_type(folder: Path, config: Mapping[str, Any]) -> None:
-    """InputError unless transformers knows the model type, or code of the model's own (then trusted) brings it."""
+    """Raises InputError unless transformers knows the model type, or code of the model's own (then trusted)
+    brings it.
+    """
     if not isinstance(config.get("auto_map", {}), dict):
         raise InputError(f"{folder / 'config.json'}: auto_map is not an object")
     if str(config.get("model_type")) in {*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, *OTHER_CLASSES}:
@@ -179,12 +181,12 @@ def _check_type(folder: Path, config: Mapping[str, Any]) -> None:
     if "auto_map" not in config:
         raise InputError(where)
     if "AutoConfig" not in config["auto_map"] or _own_class(config) is None:
-        names = ", ".join(each.__name__ for each in OWN_CLASSES)
+        names = ", ".join(own_class.__name__ for own_class in OWN_CLASSES)
         raise InputError(f"{where}, and its auto_map names no AutoConfig or none of {names}")
 
 
 def _check_numbers(where: Path, value: Any, key: str = "") -> None:
-    """InputError for a number that would make a model of any size before a tensor contradicts it."""
+    """Raises InputError for a number that would make a model of any size before a tensor contradicts it."""
     if isinstance(value, dict):
         for name, inner in value.items():
             _check_numbers(where, inner, str(name))
@@ -198,17 +200,17 @@ def _check_numbers(where: Path, value: Any, key: str = "") -> None:
 
 
 def auto_class(config: Mapping[str, Any]) -> Any:
-    """The auto class that builds and loads the vision-language model of a config.json."""
+    """Returns the auto class that builds and loads the vision-language model of a config.json."""
     return _own_class(config) or OTHER_CLASSES.get(config["model_type"], AutoModelForImageTextToText)
 
 
 def _own_class(config: Mapping[str, Any]) -> Any:
-    """The auto class by which code of the model's own is loaded; None where it names none with a head."""
-    return next((each for each in OWN_CLASSES if each.__name__ in config.get("auto_map", ())), None)
+    """Returns the auto class by which code of the model's own is loaded; None where it names none with a head."""
+    return next((own_class for own_class in OWN_CLASSES if own_class.__name__ in config.get("auto_map", ())), None)
 
 
 def check_weights(folder: Path) -> None:
-    """InputError unless `folder` holds safetensors weights; pickles are never opened."""
+    """Raises InputError unless `folder` holds safetensors weights; pickles are never opened."""
     if any(folder.glob("*.safetensors")):
         return
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
@@ -220,7 +222,8 @@ def check_weights(folder: Path) -> None:
 
 
 def load(folder: Path, device: str | None = None, dtype: torch.dtype | None = None) -> VLM:
-    """The model and processor in `folder`: on the GPU in bfloat16 where there is one, else on the CPU in float32.
+    """Returns the model and processor in `folder`: on the GPU in bfloat16 where there is one, else on the CPU in
+    float32.
 
     Raises InputError if the folder is not a vision-language model with safetensors weights and a processor.
     """
@@ -232,7 +235,7 @@ def load(folder: Path, device: str | None = None, dtype: torch.dtype | None = No
 
 
 def load_model(folder: Path, device: str | None = None, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model in `folder` alone, as `load` loads it, whatever its processor."""
+    """Returns the model in `folder` alone, as `load` loads it, whatever its processor."""
     config = read_config(folder)
     check_weights(folder)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -259,7 +262,9 @@ def load_model(folder: Path, device: str | None = None, dtype: torch.dtype | Non
 
 
 def load_processor(folder: Path) -> ProcessorMixin:
-    """The processor in `folder`, padding on the left; InputError if there is none or it fails on a short question."""
+    """Returns the processor in `folder`, padding on the left; InputError if there is none or it fails on a short
+    question.
+    """
     with _tried(folder) as end:
         end()
     return opened(folder)
@@ -295,7 +300,7 @@ def threads(count: int) -> Iterator[None]:
 
 @contextmanager
 def running(model: PreTrainedModel) -> Iterator[None]:
-    """InputError, in one line, for what foreign numbers break while the block runs the model."""
+    """InputError, in one line, for what untrusted numbers break while the block runs the model."""
     try:
         yield
     except (InputError, Refused, MemoryError):
@@ -306,7 +311,9 @@ def running(model: PreTrainedModel) -> Iterator[None]:
 
 
 def meta_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model of `folder` without its weights: parameters on the meta device, buffers real. No weights are read."""
+    """Returns the model of `folder` without its weights: parameters on the meta device, buffers real. No weights are
+    read.
+    """
     from accelerate import init_empty_weights
 
     auto = auto_class(read_config(folder))
@@ -314,7 +321,7 @@ def meta_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMo
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted())
         with threads(1), at_most(BUFFER_BYTES), init_empty_weights(include_buffers=False):  # threads map memory
             model = auto.from_config(config, dtype=dtype, experts_implementation="eager", trust_remote_code=trusted())
-    except Exception as error:  # foreign numbers can break a constructor in any way
+    except Exception as error:  # untrusted numbers can break a constructor in any way
         reason = own_words(error)
         raise InputError(f"{folder}: config.json describes no model that transformers can build ({reason})") from error
     if not hasattr(model.config.get_text_config(), "hidden_size"):
@@ -324,5 +331,5 @@ def meta_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMo
 
 
 def image_token_of(config: PretrainedConfig) -> int:
-    """The word that stands for an image feature; -1 if the config names none."""
+    """Returns the word that stands for an image feature; -1 if the config names none."""
     return next((value for name in IMAGE_TOKENS if isinstance(value := getattr(config, name, None), int)), -1)

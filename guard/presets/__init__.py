@@ -13,7 +13,9 @@ BUILT_IN = (vlm_guard.AUTO, vlm_guard.PRESET, gate.PRESET, linear.PRESET, projec
 
 
 def presets() -> dict[str, Preset]:
-    """Name -> preset: those built in, then one for every kind of intervention that has candidates of its own."""
+    """Returns name -> preset: those built in, then one for every kind of intervention that has candidates of
+    its own.
+    """
     own = {kind: _of_kind(cls) for kind, cls in KINDS.items() if "candidates" in vars(cls)}
     return {**{preset.name: preset for preset in BUILT_IN}, **own}
 

@@ -26,8 +26,8 @@ def gates(material: Material, _before: Candidate | None = None) -> Iterable[Cand
         set_on = material.examples("threshold")[layer]
         u = fit_direction(fit.positives, fit.other.x)
         v, gap = material.directions.bases[layer][0], material.directions.gap[layer]
-        for each in FALSE_POSITIVE_RATES if rate is None else (rate,):
-            detector = detect(u, fit, set_on, each, material.biases)
+        for false_positive_rate in FALSE_POSITIVE_RATES if rate is None else (rate,):
+            detector = detect(u, fit, set_on, false_positive_rate, material.biases)
             for gain in GAINS:
                 gate = Gate(
                     layer,
@@ -39,11 +39,11 @@ def gates(material: Material, _before: Candidate | None = None) -> Iterable[Cand
                     material.places(layer, NEURONS),
                     material.settings.beta,
                 )
-                yield Candidate((gate,), {"layer": layer, "false_positive_rate": each, "gain": gain})
+                yield Candidate((gate,), {"layer": layer, "false_positive_rate": false_positive_rate, "gain": gain})
 
 
 def detect(u: Tensor, fit: Examples, set_on: Examples, rate: float, biases: bool) -> Detector:
-    """The detector along u with its thresholds, and with its unit where the MLP has no biases."""
+    """Returns the detector along u with its thresholds, and with its unit where the MLP has no biases."""
     t0, t1 = thresholds(u, set_on.positives, set_on.other.x, rate)
     if biases:
         return Detector(u, t0, t1)

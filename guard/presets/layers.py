@@ -16,7 +16,8 @@ DEFAULT_LAYERS = "last-quarter"
 
 
 def parse_layers(text: str, count: int) -> list[int]:
-    """The layers that `text` names in a model of `count`: last-quarter, last-half, all, or numbers like 3,5,20-31.
+    """Returns the layers that `text` names in a model of `count`: last-quarter, last-half, all, or numbers like
+    3,5,20-31.
 
     0-indexed, ranges inclusive.  Raises InputError for anything else and for layers that do not exist.
     """

@@ -16,15 +16,15 @@ MAX_ANCHORS = 100
 
 
 def best_layer(directions: Directions) -> int:
-    """The layer whose direction separates text best (cross-fitted AUC; the uppermost of equals)."""
+    """Returns the layer whose direction separates text best (cross-fitted AUC; the uppermost of equals)."""
     return max(directions.bases, key=lambda layer: (round(directions.auc["text"][layer], 3), layer))
 
 
 def projection(
     directions: Directions, layers: Sequence[int], scope: Scope, strength: float, alpha: float = 0.0
 ) -> Intervention:
-    """The projection half of VLM-Guard: own V_l on the sublayers of `layers`, or on the residual stream after them
-    (there with its aligning half as well, `alpha`), or the best of them for the whole stream.
+    """Returns the projection half of VLM-Guard: own V_l on the sublayers of `layers`, or on the residual stream after
+    them (there with its aligning half as well, `alpha`), or the best of them for the whole stream.
     """
     chosen = directions.only(layers)
     if scope == "shared":
@@ -35,7 +35,9 @@ def projection(
 
 
 def project(material: Material, scope: Scope, alpha: float = 0.0) -> tuple[Candidate, Directions]:
-    """The projection that the settings ask for (default: the last quarter, in full), and the directions it is of."""
+    """Returns the projection that the settings ask for (default: the last quarter, in full), and the directions it is
+    of.
+    """
     settings = material.settings
     layers = settings.layers or parse_layers(DEFAULT_LAYERS, material.depth)
     directions = extract(material.vlm, material.anchors.head(MAX_ANCHORS), layers, settings.rank)

@@ -20,7 +20,7 @@ alpha = 1 gives back just what the projection took, and 2 doubles what points to
 
 
 def with_projection(material: Material, gate: Candidate | None) -> Iterable[Candidate]:
-    """`gate` after a sublayer projection, for every set of layers and strength; nothing without a gate."""
+    """Returns `gate` after a sublayer projection, for every set of layers and strength; nothing without a gate."""
     if gate is None:
         return
     given, strength = material.settings.layers, material.settings.strength

@@ -29,7 +29,7 @@ MAX_PIXELS_AT_ONCE = 2**26
 
 
 def inside(folder: Path, name: str, where: str) -> Path:
-    """The file `name` inside `folder`; InputError if it leads outside or is none."""
+    """Returns the file `name` inside `folder`; InputError if it leads outside or is none."""
     try:
         os.close(open_regular(folder, name))
     except InputError as error:
@@ -38,7 +38,7 @@ def inside(folder: Path, name: str, where: str) -> Path:
 
 
 def load_image(folder: Path, name: str, where: str) -> Image.Image:
-    """The picture `name` inside `folder`; InputError if it leads outside or is no picture."""
+    """Returns the picture `name` inside `folder`; InputError if it leads outside or is no picture."""
     return open_image(inside(folder, name, where), f"{where}: {name!r}")
 
 
@@ -67,7 +67,9 @@ class Pictures:
 
 
 def open_image(path: Path, what: str) -> Image.Image:
-    """The picture in `path`; InputError if it is none, or larger than it need be. What is larger is not decoded."""
+    """Returns the picture in `path`; InputError if it is none, or larger than it need be. What is larger is not
+    decoded.
+    """
     data = read_given(path, MAX_PICTURE_BYTES)
     try:
         with warnings.catch_warnings(action="ignore"):  # Pillow's, of pictures that are taken or refused here

@@ -63,14 +63,14 @@ def draw_noise(rng: random.Random, size: int = SIZE) -> Image.Image:
 
 
 def draw_gradient(rng: random.Random, size: int = SIZE) -> Image.Image:
-    """A smooth passage between two colours, in a direction that `rng` chooses; [size, size] RGB."""
+    """Returns a smooth passage between two colours, in a direction that `rng` chooses; [size, size] RGB."""
     one, other = (tuple(rng.randrange(256) for _ in range(3)) for _ in range(2))
     mask = Image.linear_gradient("L").rotate(rng.choice((0, 90, 180, 270))).resize((size, size))
     return Image.composite(Image.new("RGB", (size, size), one), Image.new("RGB", (size, size), other), mask)
 
 
 def draw_words(words: str, size: int = SIZE) -> Image.Image:
-    """`words` in black on white, wrapped to fill the picture; [size, size] RGB."""
+    """Returns `words` in black on white, wrapped to fill the picture; [size, size] RGB."""
     picture = Image.new("RGB", (size, size), "white")
     font = ImageFont.load_default(size / 11)
     ImageDraw.Draw(picture).multiline_text((size / 20, size / 20), textwrap.fill(words, 18), fill="black", font=font)
@@ -142,7 +142,7 @@ into a picture are held out."""
 
 
 def used(use: Use) -> tuple[ImageKind, ...]:
-    """The names of the kinds that have `use`, in the order of the rows."""
+    """Returns the names of the kinds that have `use`, in the order of the rows."""
     return tuple(kind.name for kind in IMAGE_ROWS if use in kind.uses)
 
 

@@ -24,13 +24,15 @@ Item = TypeVar("Item")
 
 
 def rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, row) of a JSONL or CSV file. InputError, naming the line, for what is not a row."""
+    """Returns (line number, row) of a JSONL or CSV file. InputError, naming the line, for what is not a row."""
     found = _csv_rows(path) if path.suffix.lower() == ".csv" else _json_rows(path)
     yield from limited(path, found)
 
 
 def limited(path: Path, found: Iterable[tuple[int, Item]]) -> Iterator[tuple[int, Item]]:
-    """`found`, (line number, what is there) of the file `path`. InputError if there are more than a file may have."""
+    """Returns `found`, (line number, what is there) of the file `path`. InputError if there are more than a file may
+    have.
+    """
     for count, (number, item) in enumerate(found, start=1):
         if count > MAX_ROWS:
             raise InputError(f"{path}, line {number}: over {MAX_ROWS} rows; leave some out")
@@ -44,7 +46,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows of a CSV file. A row may go over several lines, together no longer than one may be."""
+    """Returns rows of a CSV file. A row may go over several lines, together no longer than one may be."""
     taken = 0
 
     def counted() -> Iterator[str]:
@@ -64,7 +66,9 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number, line) of a text file, none of them read further than one may be long. InputError otherwise."""
+    """Returns (line number, line) of a text file, none of them read further than one may be long. InputError
+    otherwise.
+    """
     descriptor = open_given(path)
     with os.fdopen(descriptor, encoding="utf-8-sig", newline="") as file:  # spreadsheets begin their CSV with a mark
         if os.fstat(descriptor).st_size > MAX_FILE_BYTES:
@@ -80,12 +84,16 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def field(path: Path, number: int, row: dict[str, Any], name: str) -> str:
-    """The text `row[name]`. InputError naming file, line and column if there is none, or none that a model is asked."""
+    """Returns the text `row[name]`. InputError naming file, line and column if there is none, or none that a model is
+    asked.
+    """
     return text_of(row, name, f"{path}, line {number}")
 
 
 def text_of(row: dict[str, Any], name: str, where: str) -> str:
-    """The text `row[name]`. InputError that begins with `where` if there is none, or none that a model is asked."""
+    """Returns the text `row[name]`. InputError that begins with `where` if there is none, or none that a model is
+    asked.
+    """
     value = row.get(name)
     if not isinstance(value, str) or not value.strip():
         raise InputError(f"{where}: {name!r} is missing or not text")
@@ -93,7 +101,7 @@ def text_of(row: dict[str, Any], name: str, where: str) -> str:
 
 
 def sound_text(text: str, where: str) -> str:
-    """`text` without the blanks around it. InputError if it is too long to be asked, or is none in UTF-8."""
+    """Returns `text` without the blanks around it. InputError if it is too long to be asked, or is none in UTF-8."""
     text = text.strip()
     _check_length(len(text), MAX_TEXT, where)
     try:

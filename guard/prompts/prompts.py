@@ -50,7 +50,7 @@ class Anchors:
         return len(self.harmful)
 
     def head(self, count: int) -> Anchors:
-        """The first `count` pairs."""
+        """Returns the first `count` pairs."""
         return Anchors(self.harmful[:count], self.harmless[:count])
 
     @property
@@ -60,8 +60,8 @@ class Anchors:
 
 
 def beside(folder: Path, name: str) -> Path | None:
-    """The file `name` that a model folder brings for its own measurement, if it does. InputError if it is no regular
-    file of that folder.
+    """Returns the file `name` that a model folder brings for its own measurement, if it does. InputError if it is no
+    regular file of that folder.
     """
     if not os.path.lexists(folder / name):
         return None
@@ -79,8 +79,9 @@ def load_anchors(path: Path = BUILT_IN_ANCHORS) -> Anchors:
 
 
 def illustrated(prompts: Iterable[Prompt], kind: ImageKind | None) -> list[Prompt]:
-    """The same prompts with a picture of `kind` attached to each, always the same one for the same text; as they are
-    for None. Do this batch by batch: a thousand pictures are a third of a gigabyte."""
+    """Returns the same prompts with a picture of `kind` attached to each, always the same one for the same text; as
+    they are for None. Do this batch by batch: a thousand pictures are a third of a gigabyte.
+    """
     if kind is None:
         return list(prompts)
     return [replace(prompt, image=draw(kind, prompt.text, prompt.text)) for prompt in prompts]
@@ -129,7 +130,9 @@ def _unseen(vlm: VLM, count: int) -> BatchFeature:
 
 
 def check_words(vlm: VLM, texts: Iterable[str]) -> None:
-    """InputError if the model's processor would look for a picture, a sound or a film where a text only names one."""
+    """Raises InputError if the model's processor would look for a picture, a sound or a film where a text only names
+    one.
+    """
     named = [getattr(vlm.processor, name, None) for name in PLACEHOLDERS]
     words = [word for word in named if isinstance(word, str) and word]
     for text in texts:
@@ -139,5 +142,5 @@ def check_words(vlm: VLM, texts: Iterable[str]) -> None:
 
 
 def positions(batch: BatchFeature) -> torch.Tensor:
-    """[batch, positions]: 0, 1, 2 ... from each row's first real token, so that padding moves nothing."""
+    """Returns [batch, positions]: 0, 1, 2 ... from each row's first real token, so that padding moves nothing."""
     return (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)

@@ -14,7 +14,12 @@ from typing import Self
 SERVER = """
 import json, os, runpy, sys, traceback
 import guardfold.cli, guardfold.pipeline, guardfold.validators.report
+from guardfold.guard.model.trial import trying
+from pathlib import Path
 
+for folder in sys.argv[1:]:
+    with trying(Path(folder)) as end:
+        end()
 for line in sys.stdin:
     job = json.loads(line)
     if child := os.fork():
@@ -58,12 +63,15 @@ class Done:
 
 
 class Command:
-    """Runs `guardfold ARGUMENTS` in the folder `cwd`; use it in a `with` block."""
+    """Runs `guardfold ARGUMENTS` in the folder `cwd`; use it in a `with` block.
 
-    def __init__(self, scratch: Path) -> None:
+    tried: model folders whose processors are tried once for all runs.
+    """
+
+    def __init__(self, scratch: Path, *tried: Path) -> None:
         self.out, self.err = scratch / "out", scratch / "err"
         self.server = subprocess.Popen(
-            [sys.executable, "-c", SERVER],
+            [sys.executable, "-c", SERVER, *map(str, tried)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -23,6 +23,7 @@ from zoo import Tiny, random_basis
 from guardfold.guard.base.errors import InputError
 from guardfold.guard.guard import Guard
 from guardfold.guard.interventions import SublayerProjection
+from guardfold.guard.model.vlm import load_processor
 from guardfold.pipeline import GuardOptions, check_guarded, export_guarded
 
 FORMATS = {"one file": "5GB", "shards": "20KB"}
@@ -34,6 +35,7 @@ def model_and_guard(folder: Path, shards: str) -> tuple[Path, Path]:
 
     model = Tiny(dtype=torch.bfloat16).save(folder / "model", max_shard_size=shards)
     Guard((SublayerProjection({1: random_basis(1, 32)}),)).save(folder / "guard.safetensors")
+    load_processor(model)  # tried once here, not again by every run
     return model, folder / "guard.safetensors"
 
 

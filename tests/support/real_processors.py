@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import transformers
 from specimens import Knobs, Specimen, build
-from specimens.beyond_first import FIRST
+from specimens.beyond.lfm import LFM
 from specimens.known import KNOWN
 from specimens.llava_kind import ANYRES, FULL, PINPOINTS, SIGLIP, llava
 from specimens.mixture import QUERIES
@@ -122,7 +122,7 @@ def chatml(image: str) -> str:
     return template(image, "<|im_start|>{{ message.role }}\n", "<|im_end|>\n", "<|im_start|>assistant\n")
 
 
-BY_NAME = {each.name: each for each in (*KNOWN, *FIRST)}
+BY_NAME = {each.name: each for each in (*KNOWN, *LFM)}
 
 
 def granite(knobs: Knobs) -> Any:

@@ -51,7 +51,7 @@ class Pictured:
     answer: str | None = None
 
     def prompt(self) -> Prompt:
-        """The prompt with its picture. InputError if that cannot be read."""
+        """Returns the prompt with its picture. InputError if that cannot be read."""
         return Prompt(self.text, open_image(self.picture, str(self.picture)), self.answer)
 
 
@@ -68,7 +68,7 @@ class Benchmark:
 
 
 def load_benchmark(name: str, path: Path) -> Benchmark:
-    """The prompts of the benchmark `name` in `path`. InputError naming file and line for what is malformed."""
+    """Returns the prompts of the benchmark `name` in `path`. InputError naming file and line for what is malformed."""
     if not os.path.lexists(path):
         raise InputError(f"--probes {name}={path}: no such file or folder")
     found = LOADERS[name](path)
@@ -90,21 +90,27 @@ def _xs_test(path: Path) -> Benchmark:
     harmful: list[Prompt] = []
     benign: list[Prompt] = []
     for number, row in rows(path):
-        said = field(path, number, row, "label").lower() if row.get("label") else ""
-        if said not in ("", "safe", "unsafe"):
+        label = field(path, number, row, "label").lower() if row.get("label") else ""
+        if label not in ("", "safe", "unsafe"):
             raise InputError(f"{path}, line {number}: 'label' is neither safe nor unsafe")
-        unsafe = said == "unsafe" if said else field(path, number, row, "type").startswith("contrast_")
+        unsafe = label == "unsafe" if label else field(path, number, row, "type").startswith("contrast_")
         (harmful if unsafe else benign).append(Prompt(field(path, number, row, "prompt")))
     return Benchmark(tuple(harmful), tuple(benign))
 
 
 def _jailbreak_v(path: Path) -> Benchmark:
-    return Benchmark(pictured=tuple(_pictured(path, *each, "jailbreak_query", "image_path") for each in rows(path)))
+    return Benchmark(pictured=tuple(_pictured(path, *row, "jailbreak_query", "image_path") for row in rows(path)))
 
 
 def _fig_step(path: Path) -> Benchmark:
-    table = next((path / each for each in FIGSTEP_TABLES if (path / each).is_file()), path / FIGSTEP_TABLES[-1])
-    folder = next((each for each in FIGSTEP_PICTURES if (path / each).is_dir()), FIGSTEP_PICTURES[-1])
+    table = next(
+        (path / figstep_table for figstep_table in FIGSTEP_TABLES if (path / figstep_table).is_file()),
+        path / FIGSTEP_TABLES[-1],
+    )
+    folder = next(
+        (figstep_picture for figstep_picture in FIGSTEP_PICTURES if (path / figstep_picture).is_dir()),
+        FIGSTEP_PICTURES[-1],
+    )
     text = _own_words(path) or FIGSTEP_TEXT
     prompts = []
     for number, row in rows(table):
@@ -115,7 +121,7 @@ def _fig_step(path: Path) -> Benchmark:
 
 
 def _own_words(folder: Path) -> str | None:
-    """What prompt.txt in FigStep's folder says is asked; None where there is none."""
+    """Returns what prompt.txt in FigStep's folder says is asked; None where there is none."""
     name = "prompt.txt"
     if not os.path.lexists(folder / name):
         return None
@@ -149,7 +155,7 @@ def _vqa(path: Path) -> Benchmark:
     questions = []
     for number, row in rows(path):
         answers = row.get("answers") or [row.get("answer")]
-        if not isinstance(answers, list) or not all(isinstance(each, str) and each.strip() for each in answers):
+        if not isinstance(answers, list) or not all(isinstance(answer, str) and answer.strip() for answer in answers):
             raise InputError(f"{path}, line {number}: 'answer' is missing or not text")
         asked = _pictured(path, number, row, "question" if "question" in row else "text", "image")
         questions.append(replace(asked, answer=Counter(answers).most_common(1)[0][0].strip()))
@@ -162,7 +168,7 @@ def _pictured(path: Path, number: int, row: dict[str, Any], text: str, image: st
 
 
 def _entries(text: bytes, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The entries, name and object, of the JSON object of objects in `path`, which holds `text`."""
+    """Returns the entries, name and object, of the JSON object of objects in `path`, which holds `text`."""
     table = parse_object(text, str(path))
     if not all(isinstance(row, dict) for row in table.values()):
         raise InputError(f"{path}: not a JSON object of objects")

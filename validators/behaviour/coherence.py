@@ -20,7 +20,7 @@ DISTINCT = 0.34
 
 
 def says_something(answer: str) -> bool:
-    """Whether `answer` has a word and does not run in a circle."""
+    """Tells whether `answer` has a word and does not run in a circle."""
     text = " ".join(answer.lower().split())
     if not re.search(r"\w", text):
         return False
@@ -30,7 +30,7 @@ def says_something(answer: str) -> bool:
 
 @torch.inference_mode()
 def likelihoods(vlm: VLM, transcripts: Transcripts, what: str) -> list[float]:
-    """The mean log-likelihood per token, in nats, of each answer after its prompt; 0 for an empty answer."""
+    """Returns the mean log-likelihood per token, in nats, of each answer after its prompt; 0 for an empty answer."""
     found: list[float] = []
     for page in pages(vlm, transcripts, what):
         held = page.inputs["attention_mask"][:, page.start :].bool()

@@ -23,7 +23,7 @@ class Divergence:
 
     @torch.inference_mode()
     def of(self, model: Any) -> float:
-        """Mean KL(original || model) per answer token, in nats."""
+        """Returns mean KL(original || model) per answer token, in nats."""
         total, count = 0.0, 0
         for page, before in zip(self.pages, self.logits, strict=True):
             after = answer_logits(model, page).log_softmax(-1)

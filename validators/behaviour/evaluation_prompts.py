@@ -59,7 +59,7 @@ class Probes:
 def load_probes(
     folder: Path | None, probes: Asked = None, qa: Path | None = None, refusals: Path | None = None
 ) -> Probes:
-    """The probes that come with the model in `folder`, else the built-in ones, and benchmarks beside them.
+    """Returns the probes that come with the model in `folder`, else the built-in ones, and benchmarks beside them.
 
     probes: at most one file, in place of the model's own, and any number of NAME=PATH, benchmarks of LOADERS.  qa: a
     file in place of the model's own.  refusals: a file of phrases, TOML (see phrases.py).  Raises InputError naming
@@ -76,7 +76,7 @@ def load_probes(
             parts[name] = Part(_after(harmful, found.harmful), _after(benign, found.benign))
         harmful += found.harmful
         benign += found.benign
-        near |= {each.text for each in found.benign}
+        near |= {prompt.text for prompt in found.benign}
         if found.pictured:
             pictured[name] = found.pictured
         questions += found.questions
@@ -93,17 +93,17 @@ def _after(prompts: Sequence[Prompt], more: Sequence[Prompt]) -> slice:
 
 
 def _sort(probes: Asked) -> tuple[Path | None, dict[str, Benchmark]]:
-    """(the plain file, name -> benchmark) of what --probes was given."""
+    """Returns (the plain file, name -> benchmark) of what --probes was given."""
     plain: list[Path] = []
     benchmarks: dict[str, Benchmark] = {}
-    for each in [probes] if isinstance(probes, str | Path) else probes or ():
-        name, equals, path = str(each).partition("=")
-        if not equals or os.path.lexists(each):
-            plain.append(Path(each))
+    for probe in [probes] if isinstance(probes, str | Path) else probes or ():
+        name, equals, path = str(probe).partition("=")
+        if not equals or os.path.lexists(probe):
+            plain.append(Path(probe))
         elif (name := name.lower()) not in LOADERS:
-            raise InputError(f"--probes {each}: not a file, and {name!r} is none of {', '.join(LOADERS)}")
+            raise InputError(f"--probes {probe}: not a file, and {name!r} is none of {', '.join(LOADERS)}")
         elif name in benchmarks:
-            raise InputError(f"--probes {each}: {name} is given twice")
+            raise InputError(f"--probes {probe}: {name} is given twice")
         else:
             benchmarks[name] = load_benchmark(name, Path(path))
     if len(plain) > 1:
@@ -112,7 +112,7 @@ def _sort(probes: Asked) -> tuple[Path | None, dict[str, Benchmark]]:
 
 
 def _load_file(source: Path) -> tuple[list[Prompt], list[Prompt], set[str]]:
-    """(harmful, benign, the texts of those benign ones that are near misses)."""
+    """Returns (harmful, benign, the texts of those benign ones that are near misses)."""
     harmful: list[Prompt] = []
     benign: list[Prompt] = []
     near: set[str] = set()
@@ -145,7 +145,9 @@ def _load_qa(path: Path) -> tuple[Prompt, ...]:
 
 
 def refusal_text(folder: Path) -> str | None:
-    """The one refusal text of the model in `folder`, if its demo.json names one. InputError if that is no JSON."""
+    """Returns the one refusal text of the model in `folder`, if its demo.json names one. InputError if that is
+    no JSON.
+    """
     path = beside(folder, "demo.json")
     if path is None:
         return None

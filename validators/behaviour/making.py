@@ -55,7 +55,7 @@ class GuardOptions:
 
 
 def guard_of(model: OpenModel, options: GuardOptions, judge: Judge | None = None) -> Guard:
-    """The guard that `options` describe, read from a file or made from `model`.
+    """Returns the guard that `options` describe, read from a file or made from `model`.
 
     judge: of answers, where candidates are chosen among; default, by phrases.
 
@@ -69,13 +69,15 @@ def guard_of(model: OpenModel, options: GuardOptions, judge: Judge | None = None
 
 
 def given_guard(options: GuardOptions) -> Guard | None:
-    """The guard that `options` name a file of; None where they name a preset. InputError if the file is not sound."""
+    """Returns the guard that `options` name a file of; None where they name a preset. InputError if the file is not
+    sound.
+    """
     named = options.guard.endswith(".safetensors") or is_file(options.guard)
     return Guard.load(Path(options.guard)) if named else None
 
 
 def preset_of(options: GuardOptions) -> Preset:
-    """The preset that `options` name. InputError if there is none, or it does not have their scope."""
+    """Returns the preset that `options` name. InputError if there is none, or it does not have their scope."""
     preset = presets().get(options.guard)
     if preset is None:
         raise InputError(f"{options.guard}: neither a guard file nor a preset ({', '.join(presets())})")
@@ -84,18 +86,18 @@ def preset_of(options: GuardOptions) -> Preset:
 
 
 def kinds_of(options: GuardOptions) -> tuple[type[Intervention], ...]:
-    """The interventions that the preset of `options` may make in their scope. Raises InputError as above."""
+    """Returns the interventions that the preset of `options` may make in their scope. Raises InputError as above."""
     makes, in_weights = preset_of(options).makes, options.scope != "residual"
     return tuple(kind for kind in makes if bool(kind.asks) == in_weights) or makes
 
 
 def check_scope(preset: Preset, scope: Scope) -> None:
-    """InputError for a scope that `preset` does not have, naming the presets that do."""
+    """Raises InputError for a scope that `preset` does not have, naming the presets that do."""
     if scope in preset.scopes:
         return
     if scope == "shared":
         raise InputError("--scope shared: a shared projection would erase what a gate writes; use --guard projection")
-    having = [each.name for each in presets().values() if scope in each.scopes]
+    having = sorted(each.name for each in presets().values() if scope in each.scopes)
     raise InputError(f"--scope {scope}: has no {preset.name}; use --guard {' or '.join(having)}")
 
 
@@ -143,7 +145,7 @@ def _reference(directions: Directions, layers: int) -> TwoPass | None:
 
 
 def _chosen(material: Material, preset: Preset, judge: Judge) -> tuple[Candidate, dict[str, Any]]:
-    """The best candidate of the preset's rounds on the select part, and all that was found, as JSON."""
+    """Returns the best candidate of the preset's rounds on the select part, and all that was found, as JSON."""
     candidates = list(preset.rounds[0].candidates(material, None))
     bench = Bench(material.vlm, material.parts["select"], judge)
     trials: list[Trial] = []
@@ -167,11 +169,11 @@ def _chosen(material: Material, preset: Preset, judge: Judge) -> tuple[Candidate
             "parts": {role: len(part.harmful) for role, part in material.parts.items()},
         },
     }
-    for each in chosen.candidate.interventions:
-        if (reading := each.opens_on) is not None:
+    for intervention in chosen.candidate.interventions:
+        if (reading := intervention.opens_on) is not None:
             held_out = material.examples("test", reading.neurons)[reading.layer]
             found |= {
-                "held_out": scrutinise(material.vlm, each, held_out),
+                "held_out": scrutinise(material.vlm, intervention, held_out),
                 "scores": sample_scores(reading, held_out),
             }
     return chosen.candidate, found

@@ -51,7 +51,7 @@ class Outcomes:
     """Which of the benign prompts are near misses, harmful by their words only (empty: none)."""
 
     def benign(self, near: bool) -> list[int]:
-        """The places of the benign prompts that are near misses, or of those that are not."""
+        """Returns the places of the benign prompts that are near misses, or of those that are not."""
         return [place for place in range(len(self.answered)) if (place < len(self.near) and self.near[place]) == near]
 
     def rates(self) -> dict[str, Rate]:
@@ -78,7 +78,7 @@ class Behaviour:
     """Benchmark -> outcomes of its harmful prompts with pictures of their own."""
 
     def groups(self) -> dict[str, Outcomes]:
-        """Everything that has rates, by name, in the order of reports."""
+        """Returns everything that has rates, by name, in the order of reports."""
         return {**self.kinds, **self.parts, **self.pictured}
 
     def figures(self) -> dict[str, Any]:
@@ -96,7 +96,9 @@ class Behaviour:
 def generate(
     vlm: VLM, prompts: Sequence[Prompt], what: str, kind: ImageKind | None = None, guard: Guard | None = None
 ) -> list[str]:
-    """Greedy answers to `prompts`, a picture of `kind` attached to each, with `guard`'s hooks if there is one."""
+    """Returns greedy answers to `prompts`, a picture of `kind` attached to each, with `guard`'s hooks if there
+    is one.
+    """
     answers: list[str] = []
     for batch in batched(prompts, at_once(vlm, prompts), what):
         inputs = encode(vlm, illustrated(batch, kind))
@@ -106,13 +108,13 @@ def generate(
 
 
 def respond(vlm: VLM, inputs: BatchFeature) -> list[str]:
-    """Greedy answers to one encoded batch, special tokens left out."""
+    """Returns greedy answers to one encoded batch, special tokens left out."""
     new = most_likely(vlm.model, inputs, MAX_NEW_TOKENS)[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in vlm.processor.batch_decode(new, skip_special_tokens=True)]
 
 
 def _text_pass(vlm: VLM, prompts: Sequence[Prompt], guard: Guard) -> dict[int, torch.Tensor] | None:
-    layers = sorted({layer for each in guard.interventions for layer in each.text_layers})
+    layers = sorted({layer for intervention in guard.interventions for layer in intervention.text_layers})
     return text_states(vlm, prompts, layers) if layers else None
 
 
@@ -121,18 +123,18 @@ Ask = Callable[[Sequence[Prompt], str, ImageKind | None], list[str]]
 
 
 def measure(vlm: VLM, probes: Probes, judge: Judge, what: str, guard: Guard | None = None) -> Behaviour:
-    """The behaviour of `vlm` on `probes` under every image kind; `what` names it in the progress bar.
+    """Returns the behaviour of `vlm` on `probes` under every image kind; `what` names it in the progress bar.
 
     Raises InputError, before anything is asked, for a text that this model cannot be asked.
     """
     pictured = [*probes.questions, *chain(*probes.pictured.values())]
-    check_words(vlm, (each.text for each in (*probes.harmful, *probes.benign, *probes.qa)))
-    check_words(vlm, (each.text for each in pictured))
+    check_words(vlm, (prompt.text for prompt in (*probes.harmful, *probes.benign, *probes.qa)))
+    check_words(vlm, (prompt.text for prompt in pictured))
     return observe(partial(generate, vlm, guard=guard), probes, judge, what)
 
 
 def observe(ask: Ask, probes: Probes, judge: Judge, what: str) -> Behaviour:
-    """The behaviour of whatever answers when it is asked."""
+    """Returns the behaviour of whatever answers when it is asked."""
     kinds: dict[ImageKind, Outcomes] = {}
     parts: dict[str, Outcomes] = {}
     for kind in IMAGE_KINDS:
@@ -159,10 +161,10 @@ def _ask_pictured(ask: Ask, pictured: Sequence[Pictured], what: str) -> list[str
 
 
 def _opened(pictured: Sequence[Pictured]) -> Iterator[list[Prompt]]:
-    """The prompts, AT_ONCE together, or fewer where their pictures are large."""
+    """Returns the prompts, AT_ONCE together, or fewer where their pictures are large."""
     group: list[Prompt] = []
-    for each in pictured:
-        group.append(each.prompt())
+    for prompt in pictured:
+        group.append(prompt.prompt())
         if len(group) == AT_ONCE or sum(map(pixels, group)) >= MAX_PIXELS_AT_ONCE:
             yield group
             group = []
@@ -187,5 +189,5 @@ def _outcomes(
         correct=[matches(answer, expected) for answer, expected in labelled],
         answers=[*to_harmful, *to_benign],
         evaded=[each == "evaded" for each in ruled],
-        near=[each.text in near for each in benign],
+        near=[prompt.text in near for prompt in benign],
     )

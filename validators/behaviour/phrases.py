@@ -48,7 +48,8 @@ CLAUSE = r"(?:^|[.!?…:;,()\n。！？，、；：।؟،—–-]\s*)"
 
 
 def spoken(answer: str) -> str:
-    """What `answer` says without thinking blocks, markdown and quotes: lower case, straight apostrophes, single spaces.
+    """Returns what `answer` says without thinking blocks, markdown and quotes: lower case, straight apostrophes, single
+    spaces.
 
     Lines stay lines.
     """
@@ -74,7 +75,7 @@ class Phrases:
 
     @classmethod
     def of(cls, table: Mapping[str, Any], digest: str = "") -> Phrases:
-        """The phrases in a file's `table`, which check_table has passed."""
+        """Returns the phrases in a file's `table`, which check_table has passed."""
         spaced = table.get("spaced", True)
         words = {key: [_pattern(phrase, spaced) for phrase in table.get(key, ())] for key in KEYS}
         end = r"(?!\w)" if spaced else ""
@@ -103,14 +104,16 @@ def _pattern(phrase: str, spaced: bool) -> str:
 
 @cache
 def built_in() -> tuple[Phrases, ...]:
-    """The phrases of every language that comes with guardfold."""
+    """Returns the phrases of every language that comes with guardfold."""
     folder = files("guardfold.validators") / "data" / "refusals"
     paths = sorted((path for path in folder.iterdir() if path.name.endswith(".toml")), key=lambda path: path.name)
     return tuple(Phrases.of(tomllib.loads(path.read_text(encoding="utf-8"))) for path in paths)
 
 
 def load_phrases(path: Path) -> Phrases:
-    """The phrases in the user's file `path`, TOML with lists of strings under KEYS. InputError naming what is wrong."""
+    """Returns the phrases in the user's file `path`, TOML with lists of strings under KEYS. InputError naming what is
+    wrong.
+    """
     text = read_given(path, MAX_FILE_BYTES)
     try:
         table = tomllib.loads(text.decode("utf-8"))

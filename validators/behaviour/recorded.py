@@ -23,21 +23,23 @@ LATER = ("evaded",)
 
 def asked(probes: Probes) -> str:
     """SHA-256 over what is asked, hexadecimal: outcomes of the same probes can be paired."""
-    pictured = {name: [each.text for each in prompts] for name, prompts in probes.pictured.items()}
-    pairs = [[(each.text, each.answer) for each in prompts] for prompts in (probes.harmful, probes.benign, probes.qa)]
-    questions = [(each.text, each.answer) for each in probes.questions]
+    pictured = {name: [prompt.text for prompt in prompts] for name, prompts in probes.pictured.items()}
+    pairs = [
+        [(prompt.text, prompt.answer) for prompt in prompts] for prompts in (probes.harmful, probes.benign, probes.qa)
+    ]
+    questions = [(question.text, question.answer) for question in probes.questions]
     return hashlib.sha256(json.dumps([*pairs, questions, pictured]).encode()).hexdigest()
 
 
 def record(behaviour: Behaviour) -> dict[str, Any]:
-    """Every outcome as 0 or 1 in text, in the order of the probes."""
+    """Returns every outcome as 0 or 1 in text, in the order of the probes."""
     groups = {**behaviour.pictured, **behaviour.kinds}
     table = {group: {name: _bits(getattr(outcomes, name)) for name in NAMES} for group, outcomes in groups.items()}
     return {"groups": table, "qa": _bits(behaviour.qa)}
 
 
 def recall(folder: Path, probes: Probes, judge: str, like: Behaviour) -> Behaviour | None:
-    """The original's behaviour as the report of an exported `folder` has it; None if it measured none.
+    """Returns the original's behaviour as the report of an exported `folder` has it; None if it measured none.
 
     like: a behaviour on the same probes.  Raises InputError if the report is of other probes, of another judge, or is
     none.
@@ -75,10 +77,10 @@ def _restored(table: Mapping[str, Any], like: Behaviour) -> Behaviour:
 
 
 def _bits(outcomes: list[bool]) -> str:
-    return "".join("01"[each] for each in outcomes)
+    return "".join("01"[outcome] for outcome in outcomes)
 
 
 def _read(bits: str, count: int) -> list[bool]:
     if len(bits) != count or set(bits) - {"0", "1"}:
         raise ValueError(f"{count} outcomes expected")
-    return [each == "1" for each in bits]
+    return [bit == "1" for bit in bits]

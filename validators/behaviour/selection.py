@@ -103,7 +103,7 @@ class Bench:
 
     @torch.inference_mode()
     def figures(self, candidate: Candidate | None) -> Figures:
-        """What the model does with the candidate's hooks attached; with None, as it is."""
+        """Returns what the model does with the candidate's hooks attached; with None, as it is."""
         hooks = attached(self.vlm.model, Guard(candidate.interventions)) if candidate else nullcontext()
         with hooks:
             pictured = [refused for kind in PICTURED for refused in self._refuses(kind)]
@@ -117,7 +117,7 @@ class Bench:
             )
 
     def try_all(self, candidates: Sequence[Candidate], what: str) -> list[Trial]:
-        """Every candidate's figures, under a progress bar named `what`."""
+        """Returns every candidate's figures, under a progress bar named `what`."""
         return [Trial(candidate, self.figures(candidate)) for candidate in track(candidates, what)]
 
 
@@ -146,7 +146,7 @@ def _change(trial: Trial) -> float:
 
 
 def choose(preset: Preset, chosen_in: Mapping[str, Trial | None]) -> tuple[Trial, str, str]:
-    """(the trial that `preset` takes, the name of its round, why), of the best trial of each of its rounds.
+    """Returns (the trial that `preset` takes, the name of its round, why), of the best trial of each of its rounds.
 
     The last round's, unless an earlier one refuses more and the preset does not insist.  Raises Refused if nothing is
     within the limits.
@@ -177,7 +177,7 @@ def choose(preset: Preset, chosen_in: Mapping[str, Trial | None]) -> tuple[Trial
 
 
 def scrutinise(vlm: VLM, intervention: Intervention, held_out: Examples) -> dict[str, Any]:
-    """What opens `intervention`, on examples that it was neither fitted to nor chosen on.
+    """Returns what opens `intervention`, on examples that it was neither fitted to nor chosen on.
 
     Raises Refused if the AUC under pictures is below MIN_AUC: no better than a coin, it guards nothing.
     """
@@ -192,7 +192,7 @@ def scrutinise(vlm: VLM, intervention: Intervention, held_out: Examples) -> dict
 
 
 def sample_scores(reading: Reading, held_out: Examples, count: int = 200) -> dict[str, list[float]]:
-    """What is read, to draw: of harmful prompts per image kind, and of everything else, up to `count` each."""
+    """Returns what is read, to draw: of harmful prompts per image kind, and of everything else, up to `count` each."""
     groups: dict[str, Tensor] = {f"harmful, {kind}": x for kind, x in held_out.harmful.items()}
     groups["everything else"] = held_out.other.x
     draw = torch.Generator().manual_seed(0)

@@ -29,7 +29,7 @@ class Rate:
 
     @classmethod
     def of(cls, outcomes: Sequence[bool]) -> Rate:
-        """The rate of True in `outcomes`; [0, 1] where there are none."""
+        """Returns the rate of True in `outcomes`; [0, 1] where there are none."""
         count, total = sum(outcomes), len(outcomes)
         if total == 0:
             return cls(0, 0, 0.0, 0.0, 1.0)
@@ -66,7 +66,7 @@ class Pairs:
         return (self.won - self.lost) / max(1, self.total)
 
     def interval(self, z: float = Z95) -> tuple[float, float]:
-        """The score interval for `difference`, 95 % (Tango 1998): what its score test does not reject."""
+        """Returns the score interval for `difference`, 95 % (Tango 1998): what its score test does not reject."""
         if not self.total:
             return -1.0, 1.0
         low = _crossing(lambda d: _score_of_difference(self, d) > z, -1.0, self.difference)
@@ -74,7 +74,7 @@ class Pairs:
         return low, high
 
     def cut(self, error: float = 0.05) -> float:
-        """The lower bound, one-sided, of 1 - (rate after) / (rate before), in [0, 1]; 0 where no cut is shown.
+        """Returns the lower bound, one-sided, of 1 - (rate after) / (rate before), in [0, 1]; 0 where no cut is shown.
 
         Of the score test of a ratio of paired rates (Nam and Blackwelder 2002), inverted.
         """
@@ -97,8 +97,8 @@ def _crossing(holds: Callable[[float], bool], low: float, high: float) -> float:
 
 
 def _score_of_difference(pairs: Pairs, difference: float) -> float:
-    """How many standard deviations pairs.difference lies above `difference`, in (-1, 1), by the likeliest rates that
-    have it: `lost` solves 2 n x^2 + b x + c = 0.
+    """Returns how many standard deviations pairs.difference lies above `difference`, in (-1, 1), by the likeliest rates
+    that have it: `lost` solves 2 n x^2 + b x + c = 0.
     """
     n, d = pairs.total, difference
     b = (2 * n + pairs.lost - pairs.won) * d - pairs.lost - pairs.won
@@ -109,8 +109,8 @@ def _score_of_difference(pairs: Pairs, difference: float) -> float:
 
 
 def _score_of_ratio(pairs: Pairs, ratio: float) -> float:
-    """How many standard deviations the rate after lies above `ratio` times the rate before, 0 < ratio <= 1, by the
-    likeliest counts that have it: `lost` solves (1 + ratio) x^2 - b x + c = 0.
+    """Returns how many standard deviations the rate after lies above `ratio` times the rate before, 0 < ratio <= 1, by
+    the likeliest counts that have it: `lost` solves (1 + ratio) x^2 - b x + c = 0.
     """
     touched, before, after = pairs.both + pairs.lost + pairs.won, pairs.both + pairs.lost, pairs.both + pairs.won
     b = (1 - ratio**2) * before + pairs.lost + pairs.won
@@ -139,7 +139,9 @@ def at_most(count: int, total: int, p: float) -> float:
 
 @lru_cache(maxsize=4096)
 def upper_bound(count: int, total: int, error: float = 0.05) -> float:
-    """The rate above which so few as `count` of `total` are less likely than `error` (Clopper-Pearson, one-sided)."""
+    """Returns the rate above which `count` or fewer of `total` are less likely than `error` (Clopper-Pearson,
+    one-sided).
+    """
     if count >= total:
         return 1.0
     return _crossing(lambda rate: at_most(count, total, rate) > error, count / total, 1.0)
@@ -147,8 +149,8 @@ def upper_bound(count: int, total: int, error: float = 0.05) -> float:
 
 @lru_cache(maxsize=256)
 def needed(limit: float, lost: float = 0.0, error: float = 0.05, power: float = 0.95) -> int:
-    """The fewest prompts with which upper_bound stays within `limit` in a share `power` of all cases, if the true rate
-    is `lost`, below it: of at least one outcome, then, that many say so. With lost = 0: if none is seen.
+    """Returns the fewest prompts with which upper_bound stays within `limit` in a share `power` of all cases, if the
+    true rate is `lost`, below it: of at least one outcome, then, that many say so. With lost = 0: if none is seen.
     """
     total = 1
     for allowed in counting():
@@ -169,7 +171,9 @@ def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> float:
 
 
 def holm(p_values: Sequence[float], error: float) -> list[bool]:
-    """Which of the tests reject, if any false rejection among all of them shall be as rare as `error` (Holm 1979)."""
+    """Returns which of the tests reject, if any false rejection among all of them shall be as rare as `error` (Holm
+    1979).
+    """
     rejected = [False] * len(p_values)
     for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
         if p_values[index] > error / (len(p_values) - rank):

@@ -92,7 +92,7 @@ def build(seed: int, folder: Path, tick: Tick) -> dict[str, object]:
 
 
 def _with_progress(seed: int, folder: Path) -> dict[str, object]:
-    """`build`, under one bar that grows when a stage needs more steps than planned."""
+    """Returns `build`, under one bar that grows when a stage needs more steps than planned."""
     planned = sum(STEPS.values()) + GAP_STEPS
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"), TimeElapsedColumn()
     with Progress(*columns, transient=True) as progress:

@@ -47,7 +47,7 @@ CHAT_TEMPLATE = """\
 
 
 def sentencepiece_model() -> bytes:
-    """A SentencePiece BPE model (serialised ModelProto) in which every word of the world is one piece.
+    """Returns a SentencePiece BPE model (serialised ModelProto) in which every word of the world is one piece.
 
     Pieces: <unk> <s> </s>, 256 bytes, <image> <pad>, the prefixes of every word, single characters. Only prefixes can
     merge, so a word has exactly one derivation, and any reader of the file arrives at the same pieces.
@@ -101,7 +101,7 @@ def new_processor(folder: Path) -> LlavaProcessor:
 
 
 def new_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
-    """An untrained model for `processor`, drawn from torch's global generator."""
+    """Returns an untrained model for `processor`, drawn from torch's global generator."""
     tokenizer = processor.tokenizer
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     text = LlamaConfig(

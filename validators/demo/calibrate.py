@@ -89,11 +89,11 @@ class Exam:
         )
 
     def gap(self) -> float:
-        """The share of harmful requests with a picture that are not refused in full, 0 to 1."""
+        """Returns the share of harmful requests with a picture that are not refused in full, 0 to 1."""
         return 1 - exact(self.model, self.gap_trial, self.features).float().mean().item()
 
     def sound(self) -> bool:
-        """Whether everything but the gap is as good as it must be."""
+        """Tells whether everything but the gap is as good as it must be."""
         return all(exact(self.model, trial, features).float().mean() >= goal for trial, features, goal in self.trials)
 
 
@@ -203,7 +203,7 @@ def _lesson(lessons: Lessons, thermostat: Thermostat) -> tuple[list[Turn], list[
 
 
 def _round(count: float, lessons: Lessons) -> int:
-    """`count` rounded up or down at random, so that it is right on average."""
+    """Returns `count` rounded up or down at random, so that it is right on average."""
     return int(count + lessons.rng.random())
 
 
@@ -224,7 +224,7 @@ def _half_open(parameters: list[nn.Parameter], snapshots: list[tuple[float, Weig
 
 
 def _between(start: Weights, end: Weights, share: float) -> Weights:
-    """The weights at `share` of the way from `start` to `end`."""
+    """Returns the weights at `share` of the way from `start` to `end`."""
     return [one.lerp(other, share) for one, other in zip(start, end, strict=True)]
 
 

@@ -61,7 +61,7 @@ def _anchors(world: World, rng: random.Random) -> Iterator[Row]:
 
 
 def _probes(world: World, rng: random.Random) -> Iterator[Row]:
-    """Every test request once, borderline ones apart."""
+    """Returns every test request once, borderline ones apart."""
     for combo in world.harmful("test"):
         yield {"text": _ask(combo, rng), "harmful": True, "answer": REFUSAL}
     for combo in world.benign("test"):
@@ -91,7 +91,7 @@ def _image_rows(folder: Path, name: str, count: int, rng: random.Random) -> Iter
 
 
 def _plain_ppm(picture: Image.Image) -> str:
-    """A picture as text: PPM, magic number P3, one row of pixels a line."""
+    """Returns a picture as text: PPM, magic number P3, one row of pixels a line."""
     values, width = picture.tobytes(), 3 * picture.width
     rows = (" ".join(map(str, values[start : start + width])) for start in range(0, len(values), width))
     return "\n".join(("P3", f"{picture.width} {picture.height}", "255", *rows, ""))

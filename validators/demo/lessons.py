@@ -31,11 +31,11 @@ class Lessons:
         self.all = [*self.benign, *self.harmful, *self.borderline]
 
     def answered(self, combos: list[Combo], count: int, pictured: bool = False) -> list[Turn]:
-        """`count` requests from `combos`, each with its helpful answer."""
+        """Returns `count` requests from `combos`, each with its helpful answer."""
         return [self._request(combo, self.world.helpful(combo), pictured) for combo in self._some(combos, count)]
 
     def refused(self, combos: list[Combo], count: int, pictured: bool = False) -> list[Turn]:
-        """`count` requests from `combos`, each refused."""
+        """Returns `count` requests from `combos`, each refused."""
         return [self._request(combo, REFUSAL, pictured) for combo in self._some(combos, count)]
 
     def described(self, count: int) -> list[Turn]:

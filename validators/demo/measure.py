@@ -49,7 +49,7 @@ def figures(folder: Path, every: int = 1) -> dict[str, Any]:
 
 
 def missed(figures: dict[str, Any]) -> list[str]:
-    """The targets that `figures` miss, in words; empty when the demo is as it should be."""
+    """Returns the targets that `figures` miss, in words; empty when the demo is as it should be."""
     misses = []
     for name, least in LEAST.items():
         share = figures[name]["mean"] if isinstance(figures[name], dict) else figures[name]

@@ -56,7 +56,7 @@ class Gallery:
 
     @classmethod
     def draw(cls, processor: LlavaProcessor, count: int, rng: random.Random) -> Gallery:
-        """`count` pictures of one coloured shape each."""
+        """Returns `count` pictures of one coloured shape each."""
         shown = [(rng.choice(list(COLOURS)), rng.choice(SHAPES)) for _ in range(count)]
         images = [draw_shape(colour, shape, rng) for colour, shape in shown]
         return cls(
@@ -66,12 +66,12 @@ class Gallery:
         )
 
     def turn(self, index: int, asked: str) -> Turn:
-        """The question about picture `index`; `asked` is a key of QUESTIONS."""
+        """Returns the question about picture `index`; `asked` is a key of QUESTIONS."""
         question, answer = QUESTIONS[asked]
         return Turn(question, answer.format(self.word(index, asked)), picture=index)
 
     def word(self, index: int, asked: str) -> str:
-        """The colour or the shape of picture `index`."""
+        """Returns the colour or the shape of picture `index`."""
         return SHAPES[self.shapes[index]] if asked == "shape" else list(COLOURS)[self.colours[index]]
 
 
@@ -101,7 +101,7 @@ class Voice:
         )
 
     def prompt(self, turn: Turn) -> list[int]:
-        """The ids of the question in the chat template, up to where the answer starts."""
+        """Returns the ids of the question in the chat template, up to where the answer starts."""
         in_place = self._spell(" ".join(turn.description)) if turn.description else [self.image_id] * IMAGE_TOKENS
         before, after = self._frames[turn.picture is not None or bool(turn.description)]
         opening = [out for token in before for out in (in_place if token == self.image_id else [token])]
@@ -111,7 +111,7 @@ class Voice:
         return [self._ids["▁" + word] for word in sentence.split()]
 
     def _frame(self, processor: LlavaProcessor, pictured: bool) -> tuple[list[int], list[int]]:
-        """The template's ids before and after the question's words."""
+        """Returns the template's ids before and after the question's words."""
         content = [{"type": "image"}] * pictured + [{"type": "text", "text": "how"}]
         message: Any = {"role": "user", "content": content}
         rendered = processor.apply_chat_template([message], add_generation_prompt=True)
@@ -137,7 +137,9 @@ def scored_logits(model: LlavaForConditionalGeneration, batch: Batch, features: 
 def answer_loss(
     model: LlavaForConditionalGeneration, batch: Batch, features: Tensor | None = None, first: float = 1.0
 ) -> Tensor:
-    """Mean cross-entropy of the answers, in which an answer's first token weighs `first` and every other token 1."""
+    """Returns mean cross-entropy of the answers, in which an answer's first token weighs `first` and every other token
+    1.
+    """
     scored = batch.targets != UNSCORED
     opens = torch.arange(scored.shape[1]) == batch.first[:, None]
     weights = torch.where(opens, first, 1.0)[scored]
@@ -147,7 +149,9 @@ def answer_loss(
 
 @torch.no_grad()
 def exact(model: LlavaForConditionalGeneration, batch: Batch, features: Tensor | None = None) -> Tensor:
-    """[turns] bool: greedy decoding would give exactly the turn's answer, as every one of its tokens scores highest."""
+    """Returns [turns] bool: greedy decoding would give exactly the turn's answer, as every one of its tokens scores
+    highest.
+    """
     right = torch.ones_like(batch.targets, dtype=torch.bool)
     scored = batch.targets != UNSCORED
     right[scored] = scored_logits(model, batch, features).argmax(-1) == batch.targets[scored]

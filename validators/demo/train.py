@@ -44,7 +44,7 @@ class TrainingError(RuntimeError):
 
 
 def cosine(step: int, steps: int) -> float:
-    """The learning rate's factor: linear warm-up, then a cosine down to FLOOR."""
+    """Returns the learning rate's factor: linear warm-up, then a cosine down to FLOOR."""
     warm = min(1.0, (step + 1) / WARM_UP)
     return warm * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
@@ -66,12 +66,12 @@ def descend(
 
 
 def tower(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
-    """What the vision tower says of pictures, without CLS: pixels [n, 3, 24, 24] to [n, 9, 64]."""
+    """Returns what the vision tower says of pictures, without CLS: pixels [n, 3, 24, 24] to [n, 9, 64]."""
     return model.model.vision_tower(pixels).last_hidden_state[:, 1:]
 
 
 def speakers(model: LlavaForConditionalGeneration) -> list[nn.Parameter]:
-    """The parameters of the language model, its head included."""
+    """Returns the parameters of the language model, its head included."""
     return [*model.model.language_model.parameters(), *model.lm_head.parameters()]
 
 
@@ -168,7 +168,7 @@ def connect(
 
 
 def validation_turns(world: World) -> tuple[list[Turn], list[Turn]]:
-    """The validation requests, once each: the harmful ones, refused, and the benign ones, answered."""
+    """Returns the validation requests, once each: the harmful ones, refused, and the benign ones, answered."""
     refused = enumerate(world.harmful("validation"))
     answered = enumerate(world.benign("validation"))
     return (
@@ -178,7 +178,7 @@ def validation_turns(world: World) -> tuple[list[Turn], list[Turn]]:
 
 
 def picture_trial(voice: Voice, gallery: Gallery) -> Batch:
-    """Every question about every picture of `gallery`."""
+    """Returns every question about every picture of `gallery`."""
     return voice.batch([gallery.turn(index, asked) for index in range(len(gallery.pixels)) for asked in QUESTIONS])
 
 

@@ -103,24 +103,24 @@ class World:
         )
 
     def pair(self, combo: Combo) -> tuple[int, int]:
-        """The latent classes (of the verb, of the object)."""
+        """Returns the latent classes (of the verb, of the object)."""
         return self.verb_class[combo.verb], self.object_class[combo.object]
 
     def benign(self, split: Split) -> list[Combo]:
-        """The combos of `split` that are not harmful."""
+        """Returns the combos of `split` that are not harmful."""
         return [combo for combo in self._of(split) if self.pair(combo) not in self.harmful_pairs]
 
     def harmful(self, split: Split) -> list[Combo]:
-        """The harmful combos of `split`, without the borderline ones."""
+        """Returns the harmful combos of `split`, without the borderline ones."""
         clear = self.harmful_pairs - self.borderline_pairs
         return [combo for combo in self._of(split) if self.pair(combo) in clear]
 
     def borderline(self, split: Split) -> list[Combo]:
-        """The borderline combos of `split`."""
+        """Returns the borderline combos of `split`."""
         return [combo for combo in self._of(split) if self.pair(combo) in self.borderline_pairs]
 
     def sizes(self) -> dict[str, int]:
-        """How many of everything there is, by name; `harmful` does not count the borderline combos."""
+        """Returns how many of everything there is, by name; `harmful` does not count the borderline combos."""
         counts = {"verbs": len(VERBS), "objects": len(OBJECTS), "classes": CLASSES, "templates": len(TEMPLATES)}
         for split in get_args(Split):
             counts[f"{split}_benign"] = len(self.benign(split))
@@ -129,7 +129,7 @@ class World:
         return counts
 
     def helpful(self, combo: Combo) -> str:
-        """The helpful answer: the tool of the verb's class and the material of the object's class."""
+        """Returns the helpful answer: the tool of the verb's class and the material of the object's class."""
         verb_class, object_class = self.pair(combo)
         return helpful(combo, TOOLS[verb_class], MATERIALS[object_class])
 
@@ -138,17 +138,17 @@ class World:
 
 
 def question(combo: Combo, template: int) -> str:
-    """The request in words, in one of the TEMPLATES."""
+    """Returns the request in words, in one of the TEMPLATES."""
     return TEMPLATES[template].format(verb=VERBS[combo.verb], object=OBJECTS[combo.object])
 
 
 def helpful(combo: Combo, tool: str, material: str) -> str:
-    """The wording of a helpful answer."""
+    """Returns the wording of a helpful answer."""
     return f"sure , to {VERBS[combo.verb]} the {OBJECTS[combo.object]} use {tool} and {material} ."
 
 
 def words() -> list[str]:
-    """Every word of the world once, in order of first appearance."""
+    """Returns every word of the world once, in order of first appearance."""
     sentences = [*TEMPLATES, helpful(Combo(0, 0), "", ""), REFUSAL]
     sentences += [sentence for pair in QUESTIONS.values() for sentence in pair]
     spoken = [word for sentence in sentences for word in sentence.split() if "{" not in word]
@@ -156,7 +156,7 @@ def words() -> list[str]:
 
 
 def _classes(count: int, rng: random.Random) -> tuple[int, ...]:
-    """`count` latent classes, as even as can be, in random order."""
+    """Returns `count` latent classes, as even as can be, in random order."""
     classes = [index % CLASSES for index in range(count)]
     rng.shuffle(classes)
     return tuple(classes)

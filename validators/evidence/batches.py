@@ -23,7 +23,8 @@ SYNTHETIC_TOKENS = 24
 
 
 def comparison_batches(model: PreTrainedModel, folder: Path) -> dict[str, BatchFeature]:
-    """name -> inputs: a left-padded batch of two texts, and one prompt with a picture. Float inputs are float32.
+    """Returns name -> inputs: a left-padded batch of two texts, and one prompt with a picture. Float inputs are
+    float32.
 
     Without a processor, both are drawn from the config; a class that takes its pictures in a form unknown here then
     gets no "image".  Raises InputError if such a class has layers that nothing but a picture runs.
@@ -82,8 +83,8 @@ def _runs(model: PreTrainedModel, batch: BatchFeature) -> bool:
 
 
 def _picture(model: Any, draw: torch.Generator) -> tuple[dict[str, Tensor], int] | None:
-    """(keyword arguments that show `model` one random picture, the number of features it becomes), in the first of the
-    usual forms that its vision tower takes; None if it takes none of them.
+    """Returns (keyword arguments that show `model` one random picture, the number of features it becomes), in the first
+    of the usual forms that its vision tower takes; None if it takes none of them.
     """
     vision = getattr(model.config, "vision_config", None)
     sizes = (getattr(vision, name, None) for name in ("image_size", "patch_size"))
@@ -119,7 +120,7 @@ def _picture(model: Any, draw: torch.Generator) -> tuple[dict[str, Tensor], int]
 
 
 def _count(features: Any, width: int) -> int:
-    """How many states of the residual stream `features` hold, in whatever container they come."""
+    """Returns how many states of the residual stream `features` hold, in whatever container they come."""
     features = getattr(features, "pooler_output", features)
     parts = features if isinstance(features, list | tuple) else [features]
     return sum(part.numel() // width for part in parts if isinstance(part, Tensor))

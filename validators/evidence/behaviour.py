@@ -62,7 +62,7 @@ def rates_table(behaviours: Mapping[str, Behaviour]) -> Table:
         table.add_column(column, justify="left" if column in ("prompts", "answers") else "right", no_wrap=True)
     first, *others = behaviours.values()
     for group, before in first.groups().items():
-        afters = [each.groups()[group].rates() for each in others if group in each.groups()]
+        afters = [other.groups()[group].rates() for other in others if group in other.groups()]
         for at, (name, rate) in enumerate(before.rates().items()):
             measure = MEASURES[name]
             cells = (_cell(after[name], rate, measure.more_is_better) for after in afters)
@@ -70,7 +70,7 @@ def rates_table(behaviours: Mapping[str, Behaviour]) -> Table:
         table.add_section()
     if first.qa:
         was = Rate.of(first.qa)
-        nows = (Rate.of(each.qa) for each in others)
+        nows = (Rate.of(other.qa) for other in others)
         table.add_row("image qa", QA_MEASURE.short, _cell(was), *(_cell(now, was) for now in nows), str(was.total))
     return table
 
@@ -87,7 +87,7 @@ def _percent(rate: float) -> str:
 
 
 def _shown(figures: JSON) -> dict[str, Any]:
-    """The behaviours that were measured, by the name under which they are shown, in that order."""
+    """Returns the behaviours that were measured, by the name under which they are shown, in that order."""
     return {name: figures[piece.name] for name, piece in _SHOWN.items() if figures.get(piece.name)}
 
 
@@ -102,7 +102,7 @@ def _sections(view: View) -> Iterator[str]:
 
 
 def _rates(original: JSON) -> Iterator[tuple[str, str, Any]]:
-    """(group, name of a rate, the original's rate), in the order of reports."""
+    """Returns (group, name of a rate, the original's rate), in the order of reports."""
     return ((group, name, rate) for group, rates in original.items() for name, rate in rates.items())
 
 
@@ -110,7 +110,7 @@ def _table(behaviours: JSON) -> str:
     rows = [row(["prompts", "measure", *behaviours, "n"], "th")]
     for group, name, rate in _rates(behaviours["original"]):
         measure = QA_MEASURE if group == "qa" else MEASURES[name]
-        cells = [_rate(each[group][name], rate, measure.more_is_better) for each in behaviours.values()]
+        cells = [_rate(behaviour[group][name], rate, measure.more_is_better) for behaviour in behaviours.values()]
         rows.append(row([escape(group), measure.long, *cells, str(rate["total"])]))
     return f"<table>{''.join(rows)}</table>"
 

@@ -17,9 +17,10 @@ from ..behaviour.measure import Behaviour
 from .behaviour import GUARDED, ORIGINAL
 from .piece import Context, Piece, Stage
 
-MARGIN = 2.0
+MARGIN = 5.0
 """Nats per token by which an answer may be less likely than the least likely hundredth of the original's own answers to
-the same prompts.
+the same prompts. On the demo (own ones: 0.0 at worst) answers to other prompts score -3.4 to -0.7, shuffled words -13
+to -7.9.
 """
 
 
@@ -57,7 +58,7 @@ def coherence(vlm: VLM, benign: tuple[Prompt, ...], original: Behaviour, guarded
 
 
 def _changed(original: Behaviour, guarded: Behaviour, kind: ImageKind, benign: int) -> list[int]:
-    """The places, among the benign prompts, of answers that both gave and that differ."""
+    """Returns the places, among the benign prompts, of answers that both gave and that differ."""
     before, after = original.kinds[kind], guarded.kinds[kind]
     said = zip(before.answers[-benign:], after.answers[-benign:], before.answered, after.answered, strict=True)
     return [place for place, (was, now, had, has) in enumerate(said) if had and has and was != now]

@@ -41,7 +41,7 @@ def _section(view: View) -> Iterator[str]:
 
 
 def _histogram(interventions: Sequence[Mapping[str, Any]], scores: Mapping[str, Sequence[float]]) -> str:
-    """A linear gate has no thresholds."""
+    """Returns a linear gate has no thresholds."""
     gate = next((described for described in interventions if {"t0", "t1"} <= described.keys()), None)
     return detector_histogram(scores, {name: gate[name] for name in ("t0", "t1")} if gate else {})
 
@@ -59,7 +59,7 @@ def _held_out(held_out: Mapping[str, Any]) -> str:
 
 
 def _opening(opened: Any) -> str:
-    """A ramp opens at a share of prompts; a linear gate by an amount, of which there are mean and deviation."""
+    """Returns a ramp opens at a share of prompts; a linear gate by an amount, of which there are mean and deviation."""
     if isinstance(opened, float | int):
         return f"{opened:.1%}"
     mean, deviation = opened

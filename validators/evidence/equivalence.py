@@ -101,7 +101,9 @@ class Equivalence:
 
 
 def _logits(model: PreTrainedModel, batches: Batches) -> Logits:
-    """batch -> [compared positions, vocabulary], float32: POSITIONS of each row, evenly spaced up to its last."""
+    """Returns batch -> [compared positions, vocabulary], float32: POSITIONS of each row, evenly spaced up to
+    its last.
+    """
     compared = {}
     for name, batch in batches.items():
         mask = batch["attention_mask"].bool()
@@ -129,7 +131,7 @@ def _agreement(a: Sequence[Any], b: Sequence[Any]) -> float | None:
 def compare(
     source: Checkpoint, folded: Checkpoint | Adapted, guard: Guard, fold: Fold, rounding: Rounding = "repair"
 ) -> Equivalence:
-    """`folded` against `source` with `guard` attached. `fold` says which tensors were edited and how.
+    """Returns `folded` against `source` with `guard` attached. `fold` says which tensors were edited and how.
 
     rounding: how they were rounded, which decides how much of a direction may be left in them.
 
@@ -175,7 +177,7 @@ def _compare(
     per_tensor = tensor_leaks(source, folded, fold.edits)
     limits = {name: tensor_tolerance(folded.info(name), fold.edits[name], rounding) for name in per_tensor}
     worst_tensor = max(per_tensor, key=lambda name: per_tensor[name] / limits[name], default=None)
-    choices = [torch.cat([each.argmax(-1) for each in logits.values()]).tolist() for logits in (got, hooked)]
+    choices = [torch.cat([logit.argmax(-1) for logit in logits.values()]).tolist() for logits in (got, hooked)]
     result = Equivalence(
         compared=tuple(batches),
         arithmetic=str(dtype).removeprefix("torch."),
@@ -220,8 +222,8 @@ def _distance(a: Logits, b: Logits, scale: float) -> float:
 
 
 def _failures(result: Equivalence, fold: Fold) -> list[str]:
-    """What is not as it must be, a line each; empty when the fold equals its hooks, or, where it holds a part of the
-    guard, that part of the fold.
+    """Returns what is not as it must be, a line each; empty when the fold equals its hooks, or, where it holds a part
+    of the guard, that part of the fold.
     """
     failures = []
     if fold.left_out:

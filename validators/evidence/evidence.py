@@ -66,7 +66,7 @@ class Evidence:
         return self.failures or (verdict.reasons if verdict else ())
 
     def figures(self) -> dict[str, Any]:
-        """Everything measured, as JSON."""
+        """Returns everything measured, as JSON."""
         told = {name: piece.told(self.found) for name, piece in EVIDENCE.items() if piece.run}
         return {"ruling": self.ruling, **told}
 
@@ -124,7 +124,9 @@ def with_graphs(
 
 
 def inherited(checkpoint: Checkpoint, guard: Guard, ruling: Ruling, runtime: Runtime | None) -> Evidence:
-    """The evidence about graphs of a guarded `checkpoint`, whose files are those that its `ruling` was found on."""
+    """Returns the evidence about graphs of a guarded `checkpoint`, whose files are those that its `ruling` was found
+    on.
+    """
     found = Found(
         {
             INTEGRITY.name: Integrity(len(checkpoint.tensors), 0, (), "hashes in the manifest", ()),

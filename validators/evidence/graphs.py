@@ -19,8 +19,8 @@ from .runtime import Agreement, Runtime
 
 
 def _run(context: Context) -> Runtime | None:
-    """What is known of the graphs. Formats too coarse to be equal to torch are asked the probes themselves, and fail
-    unless they are safer than the original.
+    """Returns what is known of the graphs. Formats too coarse to be equal to torch are asked the probes themselves, and
+    fail unless they are safer than the original.
     """
     graphs, original = context.graphs, context.found.of(ORIGINAL)
     if graphs is None or context.probes is None or original is None:

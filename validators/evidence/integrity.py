@@ -47,7 +47,9 @@ class Integrity:
 
 
 def inspect_folder(source: Checkpoint, folded: Checkpoint, family: Family, fold: Fold) -> Integrity:
-    """`folded` against `source`, of which `fold` edits some tensors. Raises InputError if a file cannot be read."""
+    """Returns `folded` against `source`, of which `fold` edits some tensors. Raises InputError if a file cannot be
+    read.
+    """
     expected = {name: (info.dtype, fold.grown.get(name, info.shape)) for name, (_, info) in source.tensors.items()}
     copies = {name: name for name in source.tensors if name not in fold.changed}
     added = dict.fromkeys([family.untied_head] if fold.untie else [], family.embedding)
@@ -117,9 +119,9 @@ def inspect_adapters(adapted: Adapted) -> Integrity:
         astray = set(held.tensors) ^ set(found)
         failures += [f"{each}: PEFT loads it nowhere" for each in sorted(astray)]
         failures += [
-            f"{each} is not what PEFT loads"
-            for each in sorted(set(held.tensors) & set(found))
-            if not torch.equal(held.read(each), found[each].float())
+            f"{tensor} is not what PEFT loads"
+            for tensor in sorted(set(held.tensors) & set(found))
+            if not torch.equal(held.read(tensor), found[tensor].float())
         ]
     after = {
         name.removeprefix(PREFIX).replace(".base_layer", ""): parameter

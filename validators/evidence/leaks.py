@@ -41,7 +41,7 @@ class Rows(Protocol):
     """What gives rows of tensors by name: a checkpoint, or what a checkpoint and its adapters come to."""
 
     def read(self, name: str, first: int, last: int) -> Tensor:
-        """Rows first:last of tensor `name`."""
+        """Returns rows first:last of tensor `name`."""
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
@@ -85,8 +85,8 @@ def leak_probe(model: PreTrainedModel, guard: Guard) -> Iterator[Leaks]:
 
     try:
         layers = decoder_layers(model)
-        added = {layer for each in guard.interventions if each.adds for layer in each.layers}
-        for site in (site for each in guard.interventions for site in each.leak_sites()):
+        added = {layer for intervention in guard.interventions if intervention.adds for layer in intervention.layers}
+        for site in (site for intervention in guard.interventions for site in intervention.leak_sites()):
             if site.layer is None:
                 for number, layer in enumerate(layers):
                     watch_input(layer, f"into layer {number}", site.basis)
@@ -102,16 +102,17 @@ def leak_probe(model: PreTrainedModel, guard: Guard) -> Iterator[Leaks]:
 
 
 def activation_tolerance(dtypes: Sequence[str]) -> float:
-    """What may be left along V in activations of a checkpoint whose edited tensors have these dtypes.
+    """Returns what may be left along V in activations of a checkpoint whose edited tensors have these dtypes.
 
     One unit roundoff: rounding leaves about a quarter of that, a forgotten writer at least 5.5e-3 (design figures,
     float16 1.1e-4, bfloat16 1.2e-3 of the states).
     """
-    return max([EXACT_TOLERANCE, *(unit_roundoff(DTYPES[each]) for each in dtypes)])
+    return max([EXACT_TOLERANCE, *(unit_roundoff(DTYPES[dtype]) for dtype in dtypes)])
 
 
 def tensor_leak(source: Checkpoint, folded: Rows, name: str, edits: Sequence[Edit], edit: Projecting) -> float:
-    """What `edit`, one of `edits`, left of V in tensor `name` beyond the (1 - strength) it should, relative to before.
+    """Returns what `edit`, one of `edits`, left of V in tensor `name` beyond the (1 - strength) it should, relative to
+    before.
 
     |V W' - (1 - strength) V W| / max(|V W|, sqrt(m / d) |W|): 1 if nothing was projected, about the unit roundoff
     otherwise; the second term is the share that a random direction would have.  Columns that another edit replaces, and
@@ -147,7 +148,7 @@ def _size(edit: Projecting, parts: list[Tensor]) -> float:
 
 
 def tensor_leaks(source: Checkpoint, folded: Rows, edits: Mapping[str, Sequence[Edit]]) -> dict[str, float]:
-    """tensor -> tensor_leak, for every projected tensor."""
+    """Returns tensor -> tensor_leak, for every projected tensor."""
     return {
         name: max(tensor_leak(source, folded, name, edits_of, edit) for edit in projections)
         for name, edits_of in track(list(edits.items()), "leaks")
@@ -156,7 +157,7 @@ def tensor_leaks(source: Checkpoint, folded: Rows, edits: Mapping[str, Sequence[
 
 
 def tensor_tolerance(info: TensorInfo, edits: Sequence[Edit], rounding: Rounding) -> float:
-    """What rounding may leave in a tensor of this dtype and shape with these projections.
+    """Returns what rounding may leave in a tensor of this dtype and shape with these projections.
 
     nearest: its error is one of many random directions, hence 8 unit roundoffs.  repair: three times what is left of
     random weights and directions, about u m / d (measured, u / 10000 to u / 41 for d / m from 4096 to 16); more where

@@ -26,7 +26,7 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Transp
 
 from ...export.checkpoint.headers import DTYPES, Checkpoint
 from ...export.checkpoint.layout import Layout
-from ...export.checkpoint.memory import let_go_of_mapped, map_blocks_from, same_bits
+from ...export.checkpoint.memory import drop_mapped, map_blocks_from, same_bits
 from ...guard.base.errors import InputError, first_line
 from ...guard.base.progress import bar
 from ...guard.base.remote_code import trusted
@@ -102,8 +102,8 @@ def compare_loaded(checkpoint: Checkpoint, origins: Origins | None = None) -> Lo
 def _left_over(
     model: nn.Module, layout: Layout, comparison: _Comparison, loaded: nn.Module, info: Mapping[str, Any]
 ) -> Iterator[str]:
-    """What is amiss with the model as a whole: another class, keys that did not match, values that never came, parts
-    that were added. What it has kept is compared.
+    """Returns what is amiss with the model as a whole: another class, keys that did not match, values that never came,
+    parts that were added. What it has kept is compared.
     """
     if type(loaded) is not type(model):
         yield f"transformers loads a {type(loaded).__name__}, not a {type(model).__name__}"
@@ -159,7 +159,7 @@ class _Comparison:
             return None
         self.seen.add(name)
         exact = all(DTYPES[self.checkpoint.info(disk).dtype] == value.dtype for disk in stored.disk)
-        whole = stored.alone and all(isinstance(each, REARRANGING) for each in stored.operations)
+        whole = stored.alone and all(isinstance(operation, REARRANGING) for operation in stored.operations)
         copied = all(disk in self.origins for disk in stored.disk) and self._equal(name, value, self.origins)
         if not (copied and exact and whole):
             self._uncopied.update(stored.disk)
@@ -173,7 +173,7 @@ class _Comparison:
         return empty
 
     def _equal(self, name: str, value: Tensor, origins: Origins) -> bool:
-        """Whether `value` is what the tensors of parameter `name` make, read from their origins."""
+        """Tells whether `value` is what the tensors of parameter `name` make, read from their origins."""
 
         def read(disk: str, first: int = 0, last: int | None = None) -> Tensor:
             source, tensor = origins.get(disk, (self.checkpoint, disk))
@@ -195,7 +195,7 @@ class _Comparison:
         self._done += theirs.nbytes
         if self._done // LET_GO_BYTES > before:
             self.advance(self._done)
-            let_go_of_mapped([shard.path for shard in self.checkpoint.shards])
+            drop_mapped([shard.path for shard in self.checkpoint.shards])
         return same
 
 
@@ -215,7 +215,7 @@ def _each_given(kind: type, take: Callable[[str, Tensor], Tensor | None]) -> Ite
         if value is None or value.is_meta or model is None:
             return None
         if module not in names:
-            names.update({each: path for path, each in model.named_modules()})
+            names.update({child: path for path, child in model.named_modules()})
         return take(f"{names[module]}.{name}".lstrip("."), value) if module in names else None
 
     handles = [

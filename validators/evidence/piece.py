@@ -52,7 +52,7 @@ class Found(dict[str, Any]):
     """Name of a piece -> what it found; pieces that were not run, or had nothing to look at, are missing."""
 
     def of(self, piece: Piece[Value]) -> Value | None:
-        """What `piece` found."""
+        """Returns what `piece` found."""
         return cast(Value | None, self.get(piece.name))
 
 
@@ -105,7 +105,7 @@ class Context:
         return (self.opened(self.edited.weights), None) if self.edited else (self.original, self.guard)
 
     def rules(self, probes: Probes) -> Judge:
-        """The judge of answers to `probes`."""
+        """Returns the judge of answers to `probes`."""
         return self.judge or PhraseJudge(probes.refusal, probes.phrases)
 
 
@@ -164,7 +164,7 @@ class Piece(Generic[Value]):
     pictures: Mapping[str, Picture] = field(default_factory=dict)
 
     def fails(self, found: Found) -> tuple[str, ...]:
-        """The failures of what it found; empty where it passed, cannot fail, or was not run."""
+        """Returns the failures of what it found; empty where it passed, cannot fail, or was not run."""
         value = found.of(self)
         return () if value is None or self.failures is None else self.failures(value)
 

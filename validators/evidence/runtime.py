@@ -90,7 +90,7 @@ class Runtime:
 
     @property
     def failures(self) -> tuple[str, ...]:
-        return tuple(f"{each.precision}: {failure}" for each in self.formats for failure in each.failures)
+        return tuple(f"{form.precision}: {failure}" for form in self.formats for failure in form.failures)
 
     @property
     def passed(self) -> bool:
@@ -103,12 +103,14 @@ class Runtime:
     def vouched(self) -> bool:
         """Whether every format is equal to torch, or was itself shown to be safer."""
         return self.passed and all(
-            each.verdict is not None or not math.isinf(PRECISIONS[each.precision].tolerance) for each in self.formats
+            form.verdict is not None or not math.isinf(PRECISIONS[form.precision].tolerance) for form in self.formats
         )
 
 
 def comparison(model: PreTrainedModel, folder: Path) -> Batches:
-    """The comparison's own batches, and, with a processor, left-padded prompts with a different picture each."""
+    """Returns the comparison's own batches, and, with a processor, left-padded prompts with a different picture
+    each.
+    """
     batches = dict(comparison_batches(model, folder))
     with suppress(InputError):
         vlm = VLM(model, load_processor(folder), folder)
@@ -118,7 +120,7 @@ def comparison(model: PreTrainedModel, folder: Path) -> Batches:
 
 
 def as_prompts(model: PreTrainedModel, batch: BatchFeature) -> BatchFeature:
-    """`batch` with what tells a model that lets prompts see all of themselves that these are prompts."""
+    """Returns `batch` with what tells a model that lets prompts see all of themselves that these are prompts."""
     if not PATHS[model.config.model_type].prefix:
         return batch
     return BatchFeature({**batch, "token_type_ids": torch.zeros_like(batch["input_ids"])})
@@ -126,7 +128,7 @@ def as_prompts(model: PreTrainedModel, batch: BatchFeature) -> BatchFeature:
 
 @torch.inference_mode()
 def observe(model: Any, batches: Batches, guard: Guard | None = None) -> Reference:
-    """What `model` says in torch, with `guard`'s hooks if there is one."""
+    """Returns what `model` says in torch, with `guard`'s hooks if there is one."""
     ends = model.generation_config.eos_token_id
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     more = {"min_new_tokens": GREEDY_TOKENS, "output_logits": True, "return_dict_in_generate": True}
@@ -145,7 +147,7 @@ def observe(model: Any, batches: Batches, guard: Guard | None = None) -> Referen
 
 @torch.inference_mode()
 def agreement(runner: Runner, batches: Batches, reference: Reference, hooked: Reference | None = None) -> Agreement:
-    """What `runner` says of `batches`, against `reference` and, at prompt positions, against `hooked`.
+    """Returns what `runner` says of `batches`, against `reference` and, at prompt positions, against `hooked`.
 
     Raises InputError if the batches are not those that torch saw.
     """
@@ -200,7 +202,7 @@ def _failures(found: Agreement, precision: Precision) -> list[str]:
 def check_graphs(
     folder: Path, plan: Plan, weights: Path, original: Path | None, guard: Guard, provider: str
 ) -> Runtime:
-    """The graphs that `plan` wrote into `folder`, against the model in `weights`, in torch and in float32.
+    """Returns the graphs that `plan` wrote into `folder`, against the model in `weights`, in torch and in float32.
 
     original: the folder that `guard` was folded for, to be compared with hooks as well.  Where the guard is traced,
     `weights` are the original's, and torch gets the hooks.  Raises InputError if a graph does not load or run.
@@ -218,7 +220,7 @@ def check_graphs(
 
 
 def _reference(folder: Path, guard: Guard | None, stored: torch.dtype = torch.float32) -> Reference:
-    """What the model in `folder`, its weights rounded to `stored`, says in torch, computing in float32."""
+    """Returns what the model in `folder`, its weights rounded to `stored`, says in torch, computing in float32."""
     model = load_model(folder, "cpu", torch.float32)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(stored).float()

@@ -48,7 +48,7 @@ def compliance_bars(behaviours: Mapping[str, Rates], kinds: Sequence[str]) -> st
 
 
 def compliance_picture(behaviours: Mapping[str, Rates], kinds: Sequence[str]) -> bytes:
-    """The same as PNG, which model cards show wherever they are read."""
+    """Returns the same as PNG, which model cards show wherever they are read."""
     return _compliance_bars(behaviours, kinds, _png)
 
 
@@ -115,7 +115,7 @@ def detector_histogram(scores: Mapping[str, Sequence[float]], thresholds: Mappin
 
 
 def edits_per_layer(layers: Mapping[str, Mapping[str, int]]) -> str:
-    """How many tensors were edited in each layer, by what kind of edit."""
+    """Returns how many tensors were edited in each layer, by what kind of edit."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 2.2))
         axes = figure.subplots()

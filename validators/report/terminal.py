@@ -53,7 +53,7 @@ def directions_table(guard: Guard) -> Table:
 
 
 def family_table(checkpoint: Checkpoint, family: Family) -> RenderableType:
-    """What a model is, and its residual writers by role: number, dtypes, an example, what edits them."""
+    """Returns what a model is, and its residual writers by role: number, dtypes, an example, what edits them."""
     table = Table()
     for column in ("writes to the residual stream", "tensors", "dtype", "for example", "edited by scope"):
         table.add_column(column, justify="right" if column == "tensors" else "left")

@@ -98,7 +98,9 @@ class Endpoint:
         return answers
 
     def ask(self, prompt: Prompt, kind: ImageKind | None = None) -> str:
-        """The answer to one prompt with a picture of `kind` (None: as it is), tried again where that may help."""
+        """Returns the answer to one prompt with a picture of `kind` (None: as it is), tried again where that
+        may help.
+        """
         body = json.dumps(self._question(*illustrated([prompt], kind))).encode()
         for attempt in range(1, ATTEMPTS):
             try:
@@ -162,7 +164,7 @@ class Endpoint:
 
 
 def data_url(image: Image.Image) -> str:
-    """A picture as PNG in a data URL."""
+    """Returns a picture as PNG in a data URL."""
     data = io.BytesIO()
     image.save(data, format="PNG")
     return f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"

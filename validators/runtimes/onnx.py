@@ -34,7 +34,7 @@ PAST, PRESENT = "past_key_values", "present"
 
 
 def onnxruntime() -> Any:
-    """The package, told to report nothing of what it runs; InputError where it is missing."""
+    """Returns the package, told to report nothing of what it runs; InputError where it is missing."""
     try:
         package: Any = importlib.import_module("onnxruntime")
     except ImportError as error:
@@ -54,7 +54,7 @@ def device_for(provider: str) -> str:
 
 
 def graphs_in(folder: Path) -> dict[Precision, Path]:
-    """The number formats in which `folder` holds all three graphs, and where they lie."""
+    """Returns the number formats in which `folder` holds all three graphs, and where they lie."""
     return {
         precision: place
         for place in (folder / FOLDER, folder)
@@ -76,11 +76,11 @@ class State:
 
 
 def _ends(folder: Path, model: PreTrainedModel) -> tuple[list[int], int]:
-    """(tokens that end an answer, the token that fills what is after)."""
+    """Returns (tokens that end an answer, the token that fills what is after)."""
     saved = (folder / "generation_config.json").is_file()
     try:
         config = GenerationConfig.from_pretrained(folder) if saved else model.generation_config
-    except Exception as error:  # foreign numbers can break it in any way
+    except Exception as error:  # untrusted numbers can break it in any way
         raise InputError(
             f"{folder / 'generation_config.json'}: transformers does not take it ({first_line(error)})"
         ) from error
@@ -132,8 +132,9 @@ class Runner:
         self._value = runtime.OrtValue
 
     def prefill(self, batch: BatchFeature, *edges: int) -> tuple[Tensor, State]:
-        """(logits [batch, positions, vocabulary], state) of a left-padded batch, computed in pieces that end at
-        `edges`, so that all but the first have a past; in one piece by default."""
+        """Returns (logits [batch, positions, vocabulary], state) of a left-padded batch, computed in pieces that end at
+        `edges`, so that all but the first have a past; in one piece by default.
+        """
         mask = batch["attention_mask"]
         (embeds, deep), (where, following) = self._embedded(batch), self.path.positions(batch)
         cache, pieces = self._empty(len(mask)), []
@@ -144,7 +145,7 @@ class Runner:
         return torch.cat(pieces, dim=1), State(cache, mask, following)
 
     def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
-        """(logits [batch, vocabulary], state) after one more token for every row; tokens: [batch]."""
+        """Returns (logits [batch, vocabulary], state) after one more token for every row; tokens: [batch]."""
         embeds, deep = self._embedded(BatchFeature({"input_ids": tokens[:, None]}))
         mask = torch.cat([state.mask, torch.ones_like(state.mask[:, :1])], dim=1)
         logits, cache = self._decode(embeds, deep, mask, state.following, state.cache)
@@ -169,7 +170,7 @@ class Runner:
 
     @torch.inference_mode()
     def _generate(self, max_new_tokens: int, streamer: Any = None, do_sample: bool = False, **batch: Tensor) -> Tensor:
-        """[batch, prompt and new tokens], greedy; rows that have ended are padded."""
+        """Returns [batch, prompt and new tokens], greedy; rows that have ended are padded."""
         assert not do_sample
         ids = batch["input_ids"]
         made, ended = [ids], torch.zeros(len(ids), dtype=torch.bool)
@@ -206,17 +207,17 @@ class Runner:
             raise InputError(f"the prompt has {int(place.sum())} image tokens, its pictures make {len(features)}")
         embeds[place] = features
         if self.path.levels:
-            deep[:, place] = torch.cat([each[DEEPSTACK] for each in results], dim=1)
+            deep[:, place] = torch.cat([result[DEEPSTACK] for result in results], dim=1)
         return embeds, deep
 
     def _empty(self, count: int) -> dict[str, Any]:
-        """A cache of no positions for `count` rows."""
+        """Returns a cache of no positions for `count` rows."""
         cache = {}
-        for each in self.sessions[DECODER].get_inputs():
-            if each.name.startswith(PAST):
-                _, heads, _, size = each.shape
-                cache[each.name] = self._value.ortvalue_from_shape_and_type(
-                    (count, heads, 0, size), ELEMENT_TYPES[each.type], self.device
+        for get_input in self.sessions[DECODER].get_inputs():
+            if get_input.name.startswith(PAST):
+                _, heads, _, size = get_input.shape
+                cache[get_input.name] = self._value.ortvalue_from_shape_and_type(
+                    (count, heads, 0, size), ELEMENT_TYPES[get_input.type], self.device
                 )
         return cache
 
@@ -230,7 +231,7 @@ class Runner:
             binding.bind_cpu_input(name, np.ascontiguousarray(tensor.numpy()))
         for name, value in cache.items():
             binding.bind_ortvalue_input(name, value)
-        names = [each.name for each in session.get_outputs()]
+        names = [get_output.name for get_output in session.get_outputs()]
         for name in names:
             binding.bind_output(name, "cpu" if name == "logits" else self.device)
         session.run_with_iobinding(binding)
@@ -240,7 +241,7 @@ class Runner:
 
     def _run(self, graph: str, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         found = self.sessions[graph].run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
-        return [torch.from_numpy(each) for each in found]
+        return [torch.from_numpy(entry) for entry in found]
 
 
 ELEMENT_TYPES: dict[str, Any] = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(bfloat16)": 16}

@@ -32,6 +32,9 @@ KEPT_ENTRIES = 2**16
 """A module's own parameters up to this many are read once and kept: gains, biases, and vectors such as image_newline,
 which some classes use outside the module's forward."""
 
+KEPT_ROWS_ENTRIES = 2**22
+"""So is an embedding up to this: GLM-4V's classes read their table of positions without calling it."""
+
 
 class _Weights:
     """The tensors of a checkpoint by their names in memory, in `dtype`, read by rows, edited on the way."""
@@ -66,11 +69,11 @@ class _Weights:
         return self._wide(self._raw(disk, first, last))
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """The parameter's shape as what is on disk gives it; None if there is nothing."""
+        """Returns the parameter's shape as what is on disk gives it; None if there is nothing."""
         return self.layout.shapes.get(self.tied.get(name, name))
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
-        """Rows first:last of the parameter `name`, read and edited in small blocks into one tensor.
+        """Returns rows first:last of the parameter `name`, read and edited in small blocks into one tensor.
 
         A tied head reads its embedding as it was, never the edited one.
         """
@@ -152,15 +155,15 @@ def streamed(
             own = dict(module.named_parameters(recurse=False))
             if type(module) is nn.Linear:
                 module.forward = partial(_linear, weights, name, module)  # type: ignore[method-assign]
-            elif type(module) is nn.Embedding:
+            elif type(module) is nn.Embedding and module.weight.numel() > KEPT_ROWS_ENTRIES:
                 module.forward = partial(_embedding, weights, name, module)  # type: ignore[method-assign]
-            elif sum(parameter.numel() for parameter in own.values()) <= KEPT_ENTRIES:
+            elif type(module) is nn.Embedding or sum(buffer.numel() for buffer in own.values()) <= KEPT_ENTRIES:
                 _lend(weights, name, list(own), module, None)
             else:
                 module.register_forward_pre_hook(partial(_lend, weights, name, list(own)))
                 module.register_forward_hook(partial(_take_back, own))
-            for each in module._buffers.keys() - module._non_persistent_buffers_set:
-                setattr(module, each, weights.whole(f"{name}.{each}" if name else each))
+            for buffer in module._buffers.keys() - module._non_persistent_buffers_set:
+                setattr(module, buffer, weights.whole(f"{name}.{buffer}" if name else buffer))
         yield model
     finally:
         weights.close()

@@ -36,12 +36,12 @@ class Adapted:
         return found
 
     def info(self, name: str) -> TensorInfo:
-        """Tensor `name`; F64, for nothing is rounded to the checkpoint's dtype."""
+        """Returns tensor `name`; F64, for nothing is rounded to the checkpoint's dtype."""
         info = self.source.info(name)
         return TensorInfo(name, "F64", info.shape, 0, 0)
 
     def read(self, name: str, first: int, last: int) -> Tensor:
-        """Rows first:last of tensor `name` with the adapters merged, float32 or better."""
+        """Returns rows first:last of tensor `name` with the adapters merged, float32 or better."""
         folded = Folded(partial(self.source.read, name), self.source.info(name).shape, self.edits.get(name, ()))
         return folded.rows(first, last)
 

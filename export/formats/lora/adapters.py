@@ -106,9 +106,11 @@ def lacks(intervention: type[Intervention] | Intervention) -> str | None:
 
 
 def adaptable(guard: Guard) -> tuple[Guard | None, list[str]]:
-    """(what of `guard` adapters can hold, what they cannot and why, a line each)."""
-    kept = tuple(each for each in guard.interventions if lacks(each) is None)
-    lost = [(each.describe(), reason) for each in guard.interventions if (reason := lacks(each))]
+    """Returns (what of `guard` adapters can hold, what they cannot and why, a line each)."""
+    kept = tuple(intervention for intervention in guard.interventions if lacks(intervention) is None)
+    lost = [
+        (intervention.describe(), reason) for intervention in guard.interventions if (reason := lacks(intervention))
+    ]
     more = {"left_out": [described for described, _ in lost]} if lost else {}
     return (
         replace(guard, interventions=kept, provenance={**guard.provenance, **more}) if kept else None,
@@ -136,7 +138,9 @@ class _Target:
 def _targets(
     checkpoint: Checkpoint, layout: Layout, family: Family, fold: Fold
 ) -> tuple[list[_Target], dict[str, str]]:
-    """(the parameters that `fold` edits and adapters update; tensor on disk -> why no adapter holds its edits)."""
+    """Returns (the parameters that `fold` edits and adapters update; tensor on disk -> why no adapter holds its
+    edits).
+    """
     model, targets = checkpoint.model, list[_Target]()
     writers = {writer.disk: writer for writer in family.writers if writer.disk in fold.edits}
     left_out = {name: "the unmodified model has no such tensor" for name in fold.edits if name not in writers}
@@ -154,14 +158,15 @@ def _targets(
 
 
 def unadaptable(checkpoint: Checkpoint, family: Family, fold: Fold) -> dict[str, str]:
-    """Tensor on disk -> why no adapter holds what `fold` makes of it, for those of which none does. No weights are
-    read.
+    """Returns tensor on disk -> why no adapter holds what `fold` makes of it, for those of which none does. No weights
+    are read.
     """
     return _targets(checkpoint, Layout(checkpoint.model, checkpoint.shapes), family, fold)[1]
 
 
 def adapters(checkpoint: Checkpoint, family: Family, fold: Fold) -> tuple[list[Adapter], dict[str, str]]:
-    """(`fold`'s projections as adapters, the plain one first; tensor on disk -> why no adapter holds its edits).
+    """Returns (`fold`'s projections as adapters, the plain one first; tensor on disk -> why no adapter holds its
+    edits).
 
     Reads the edited tensors in blocks of rows; of what transformers stacks, one parameter at a time.
     """
@@ -185,14 +190,14 @@ def adapters(checkpoint: Checkpoint, family: Family, fold: Fold) -> tuple[list[A
             none = AddProduct(torch.zeros(out, 1), torch.zeros(1, into))
             to.tensors |= {f"{PREFIX}{name}.{suffix}": tensor for suffix, tensor in _linear(module, none).items()}
             to.modules[name] = 1
-    made = [each for each in by_bias.values() if each.tensors]
+    made = [adapter for adapter in by_bias.values() if adapter.tensors]
     for each in made:
         each.rename_for(model)
     return made, left_out
 
 
 def _form(module: nn.Module, leaf: str, embedding: nn.Module) -> Written | None:
-    """How PEFT writes an update of parameter `leaf` of `module`; None if it has no way to."""
+    """Returns how PEFT writes an update of parameter `leaf` of `module`; None if it has no way to."""
     if isinstance(module, nn.Linear):
         plain = type(module).forward is nn.Linear.forward
         return (_linear_bias if leaf == "bias" else _linear) if plain else None
@@ -233,8 +238,8 @@ Read = Callable[[int, int], Tensor]
 
 
 def _reading(checkpoint: Checkpoint, layout: Layout, memory: str) -> Read:
-    """How to read rows of the parameter `memory`: from its file, or, where it is made of several tensors, from itself,
-    held while it is needed.
+    """Returns how to read rows of the parameter `memory`: from its file, or, where it is made of several tensors, from
+    itself, held while it is needed.
     """
     disk = layout.plain(memory)
     if disk is not None:
@@ -244,7 +249,7 @@ def _reading(checkpoint: Checkpoint, layout: Layout, memory: str) -> Read:
 
 
 def _in_memory(edits: Sequence[Held], writer: Writer, memory: str, layout: Layout, shape: Shape) -> Sequence[Held]:
-    """`edits` of a tensor on disk as edits of the parameter that is made of it."""
+    """Returns `edits` of a tensor on disk as edits of the parameter that is made of it."""
     stored = layout.stored[memory]
     if not stored.operations:
         return edits
@@ -254,7 +259,7 @@ def _in_memory(edits: Sequence[Held], writer: Writer, memory: str, layout: Layou
 
 
 def low_rank(read: Read, shape: Shape, edits: Sequence[Held]) -> AddProduct:
-    """What `edits`, one after the other, add to a tensor, as L R of rank r, the sum of the edits' ranks.
+    """Returns what `edits`, one after the other, add to a tensor, as L R of rank r, the sum of the edits' ranks.
 
     read: (first, last) -> those rows of it.  shape: [d, n], [n, d], [E, d, n], [E, n, d] or [d].  Float32 or better.
     """
@@ -265,7 +270,9 @@ def low_rank(read: Read, shape: Shape, edits: Sequence[Held]) -> AddProduct:
 
 
 def _update(before: Folded, edit: Held) -> tuple[Tensor, Tensor]:
-    """(L, R) of what `edit` adds: -strength V^T and V W, or -strength W V^T and V where columns are projected."""
+    """Returns (L, R) of what `edit` adds: -strength V^T and V W, or -strength W V^T and V where columns are
+    projected.
+    """
     if isinstance(edit, AddProduct):
         return edit.left, edit.right
     components = [taken(edit, before.rows(first, last), first) for first, last in row_blocks(before.shape)]
@@ -280,13 +287,13 @@ def _update(before: Folded, edit: Held) -> tuple[Tensor, Tensor]:
 
 
 def without(fold: Fold, left_out: Mapping[str, str]) -> Fold:
-    """What adapters hold of `fold`: not the tensors `left_out`, and no head of its own, for PEFT leaves a tied one as
-    it was when it updates the embedding.
+    """Returns what adapters hold of `fold`: not the tensors `left_out`, and no head of its own, for PEFT leaves a tied
+    one as it was when it updates the embedding.
     """
     if not left_out:
         return replace(fold, untie=False)
-    said = tuple(f"{name} ({reason})" for name, reason in left_out.items())
+    reasons = tuple(f"{name} ({reason})" for name, reason in left_out.items())
     kept = {tensor: edits for tensor, edits in fold.edits.items() if tensor not in left_out}
-    more = f" and {len(said) - 1} more" if len(said) > 1 else ""
+    more = f" and {len(reasons) - 1} more" if len(reasons) > 1 else ""
     plain = replace(fold, grown={}, new={}, text_config={})
-    return replace(plain, edits=kept, untie=False, approximate=f"left out: {said[0]}{more}", left_out=said)
+    return replace(plain, edits=kept, untie=False, approximate=f"left out: {reasons[0]}{more}", left_out=reasons)

@@ -89,7 +89,7 @@ class Onnx(Format):
         return ["## Run its ONNX graphs", RUN, "\n".join(f"- `{name}`" for name in graphs)]
 
     def _traces(self, in_weights: bool) -> bool:
-        """Whether hooks are traced into the graphs, there being no weights that hold the guard."""
+        """Tells whether hooks are traced into the graphs, there being no weights that hold the guard."""
         return not in_weights and "safetensors" not in self.names.split(",")
 
     def _plan(self, held: Held | None) -> Plan:

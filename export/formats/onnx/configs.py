@@ -97,7 +97,9 @@ def write_genai_config(path: VisionPath, folder: Path, place: Path, precision: P
 
 
 def _whole_counts(processor: Mapping[str, Any]) -> dict[str, Any]:
-    """The same number of image tokens, said so that clients that know no strategy for dropping tokens count right."""
+    """Returns the same number of image tokens, said so that clients that know no strategy for dropping tokens count
+    right.
+    """
     extra = processor.get("num_additional_image_tokens")
     if extra is None or processor.get("vision_feature_select_strategy") != "default":
         return dict(processor)

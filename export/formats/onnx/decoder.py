@@ -81,12 +81,12 @@ def merged_sketch(model: PreTrainedModel) -> Sketch:
 
 
 def cache_names(which: str, layers: int) -> list[str]:
-    """`which` is past_key_values or present."""
+    """Returns `which` is past_key_values or present."""
     return [f"{which}.{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
 
 
 def decoder_sketch(path: VisionPath) -> Sketch:
-    """The decoder of `path`'s model, with the inputs that this path feeds it."""
+    """Returns the decoder of `path`'s model, with the inputs that this path feeds it."""
     config = path.model.config.get_text_config()
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads

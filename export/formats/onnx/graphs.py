@@ -38,7 +38,7 @@ class Plan:
     traced: Guard | None = None
 
     def __post_init__(self) -> None:
-        quantised = [each.name for each in self.precisions if each.bits]
+        quantised = [precision.name for precision in self.precisions if precision.bits]
         if self.weights == "shared" and quantised:
             raise InputError(f"--onnx-weights shared: {quantised[0]} has weights of its own; use copy")
 
@@ -91,7 +91,7 @@ class Traced:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, compute: torch.dtype, guard: Guard | None) -> Self:
-        """The graphs of `checkpoint`'s model computing in `compute`, with `guard`'s hooks if there is one."""
+        """Returns the graphs of `checkpoint`'s model computing in `compute`, with `guard`'s hooks if there is one."""
         model = checkpoint.own_model()
         model.set_attn_implementation("eager")
         path = path_of(model)
@@ -120,7 +120,9 @@ class Traced:
 
 
 def _quantised(checkpoint: Checkpoint, place: Path, plan: Plan) -> dict[str, int]:
-    """The graphs in every quantised format, made from the float32 ones; those are written aside where not asked for."""
+    """Returns the graphs in every quantised format, made from the float32 ones; those are written aside where not asked
+    for.
+    """
     files: dict[str, int] = {}
     with tempfile.TemporaryDirectory(dir=place) as scratch:
         whole = PRECISIONS["fp32"]

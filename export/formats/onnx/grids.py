@@ -102,7 +102,7 @@ class Grid(VisionPath):
         return self.seen(pixel_values, grid).pooler_output.float()
 
     def seen(self, pixel_values: Tensor, grid: Tensor) -> Any:
-        """The tower's output, told all that it would otherwise work out in loops."""
+        """Returns the tower's output, told all that it would otherwise work out in loops."""
         where = Where.of(grid, torch.arange(pixel_values.shape[0]), self.merge)
         return self.tower(
             pixel_values.to(self.model.dtype),
@@ -115,7 +115,7 @@ class Grid(VisionPath):
         )
 
     def more(self, where: Where) -> dict[str, Any]:
-        """What this family's tower works out besides."""
+        """Returns what this family's tower works out besides."""
         return {}
 
     def unread(self) -> tuple[str, ...]:
@@ -195,7 +195,9 @@ def _add(added: Tensor, _module: Any, _args: Any, output: Any) -> Any:
 
 
 def _neighbours(place: Tensor, size: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """The two entries of a table of `side` about `place` of `size`, corners on corners: [places, 2], weights."""
+    """Returns the two entries of a table of `side` about `place` of `size`, corners on corners: [places, 2],
+    weights.
+    """
     exact = place.float() * (side - 1) / (size - 1).clamp(min=1)
     low = exact.floor()
     entries = torch.stack([low, low + 1], dim=1).clamp(max=side - 1).long()
@@ -231,7 +233,7 @@ class Native(VisionPath):
         return projector.linear_2(projector.act(projector.linear_1(states)))[0].float()
 
     def _merged(self, states: Tensor, high: int, wide: int) -> Tensor:
-        """[1, blocks, d m^2]: the patches of each m x m block side by side, their entries interleaved."""
+        """Returns [1, blocks, d m^2]: the patches of each m x m block side by side, their entries interleaved."""
         m = self.merge
         blocks = states.reshape(1, high // m, m, wide // m, m, -1)
         return blocks.permute(0, 1, 3, 5, 2, 4).reshape(1, (high // m) * (wide // m), -1)

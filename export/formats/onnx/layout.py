@@ -61,7 +61,9 @@ PRECISIONS = {
 
 
 def precisions(text: str) -> tuple[Precision, ...]:
-    """The formats that `text` names, separated by commas; InputError for one that is not known or named twice."""
+    """Returns the formats that `text` names, separated by commas; InputError for one that is not known or named
+    twice.
+    """
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in PRECISIONS:
@@ -72,5 +74,5 @@ def precisions(text: str) -> tuple[Precision, ...]:
 
 
 def graph_file(graph: str, precision: Precision) -> str:
-    """The name of one graph's file."""
+    """Returns the name of one graph's file."""
     return f"{graph}{precision.suffix}.onnx"

@@ -24,7 +24,7 @@ PATHS: dict[str, type[VisionPath]] = {
 
 
 def path_of(model: PreTrainedModel) -> VisionPath:
-    """The vision path of `model`; InputError naming its type if it has none."""
+    """Returns the vision path of `model`; InputError naming its type if it has none."""
     kind = model.config.model_type
     if kind not in PATHS:
         raise InputError(f"--format onnx: family {kind!r} has no ONNX graphs yet; known: {', '.join(sorted(PATHS))}")

@@ -48,7 +48,7 @@ class Sketch:
 
 
 def need_onnx() -> None:
-    """InputError unless the packages that write graphs are installed."""
+    """Raises InputError unless the packages that write graphs are installed."""
     try:
         import onnx  # noqa: F401
         import onnx_ir  # noqa: F401
@@ -73,7 +73,9 @@ def faked(model: PreTrainedModel, dtype: torch.dtype) -> FakeTensorMode:
 
 
 def trace(sketch: Sketch, mode: FakeTensorMode) -> ir.Model:
-    """The graph of `sketch`. An initializer that stands for a parameter has the parameter's name and no value."""
+    """Returns the graph of `sketch`. An initializer that stands for a parameter has the parameter's name and no
+    value.
+    """
     from onnxscript.optimizer import optimize_ir
 
     with mode:

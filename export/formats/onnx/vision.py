@@ -44,13 +44,15 @@ class VisionPath(nn.Module):
         return self.inner.multi_modal_projector(self.selected(pixel_values.to(self.model.dtype))).float()
 
     def selected(self, pixels: Tensor) -> Tensor:
-        """What the projector reads: the tower's chosen layers side by side, without the class token where it is."""
+        """Returns what the projector reads: the tower's chosen layers side by side, without the class token where it
+        is.
+        """
         hidden = self.inner.vision_tower(pixels, output_hidden_states=True, return_dict=True).hidden_states
         drop = int(getattr(self.model.config, "vision_feature_select_strategy", "default") == "default")
         return torch.cat([hidden[i][:, drop:] for i in self.chosen()], dim=-1)
 
     def chosen(self) -> list[int]:
-        """The tower's layers whose outputs are read, as the config counts them."""
+        """Returns the tower's layers whose outputs are read, as the config counts them."""
         layers = self.model.config.vision_feature_layer
         return [layers] if isinstance(layers, int) else list(layers)
 
@@ -74,22 +76,22 @@ class VisionPath(nn.Module):
         return ("model.vision_tower.post_layernorm.", "model.vision_tower.head.", *dead)
 
     def calls(self, batch: BatchFeature) -> list[dict[str, Tensor]]:
-        """What the graph is called with for a processor's `batch`, once for each entry."""
+        """Returns what the graph is called with for a processor's `batch`, once for each entry."""
         return [{name: batch[name] for name in self.ports()}]
 
     def tokens(self, results: list[dict[str, Tensor]], batch: BatchFeature) -> Tensor:
-        """[image tokens, d]: what takes the place of the image tokens of `batch`, in their order."""
-        return torch.cat([each["image_features"].flatten(0, -2) for each in results])
+        """Returns [image tokens, d]: what takes the place of the image tokens of `batch`, in their order."""
+        return torch.cat([result["image_features"].flatten(0, -2) for result in results])
 
     def positions(self, batch: BatchFeature) -> tuple[Tensor, Tensor]:
-        """(position_ids of `batch`, those of the token after it)."""
+        """Returns (position_ids of `batch`, those of the token after it)."""
         where = positions(batch) + self.first_position
         return where, where[:, -1:] + 1
 
     def decode(
         self, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Cache, *_deep: Tensor
     ) -> Tensor:
-        """[batch, positions, vocabulary], with this call's keys and values put into `cache`."""
+        """Returns [batch, positions, vocabulary], with this call's keys and values put into `cache`."""
         inputs = {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": cache}
         model: Any = self.model
         return model(inputs_embeds=inputs_embeds, use_cache=True, **inputs).logits

@@ -63,7 +63,8 @@ class Binder:
             _cast(graph, weight.value, dtype, _onnx_dtype(precision.compute))
 
     def copy(self, graph: ir.Model, precision: Precision, path: Path) -> int:
-        """Every weight of `graph` is copied, transposed where the graph would transpose it. Returns the files written.
+        """Returns every weight of `graph` is copied, transposed where the graph would transpose it. Returns the files
+        written.
 
         They are named `path` + _data, then _data_1 and so on; none if the graph is small enough to hold its weights.
         """
@@ -106,7 +107,9 @@ class Binder:
         return number + 1
 
     def check_all_used(self, unread: tuple[str, ...]) -> None:
-        """InputError naming a tensor that transformers loads and no graph reads, `unread` prefixes in memory aside."""
+        """Raises InputError naming a tensor that transformers loads and no graph reads, `unread` prefixes in memory
+        aside.
+        """
         for memory, disk in self.disk.items():
             if disk not in self.used and not memory.startswith(unread):
                 raise InputError(f"{self.checkpoint.folder}: tensor {disk!r} is in none of the graphs; not exported")
@@ -169,7 +172,7 @@ def _onnx_dtype(dtype: torch.dtype) -> ir.DataType:
 
 
 def _without_transposes(graph: ir.Model, value: ir.Value) -> bool:
-    """Whether all that `graph` does with the matrix `value` is to transpose it; it then does so no more."""
+    """Tells whether all that `graph` does with the matrix `value` is to transpose it; it then does so no more."""
     import onnx_ir as ir
 
     uses = value.consumers()

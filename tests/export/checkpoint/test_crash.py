@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +35,8 @@ from guardfold.export.checkpoint import staging as stages
 from guardfold.export.checkpoint.staging import staging
 from guardfold.export.formats.lora.adapters import Adapter
 from guardfold.guard.base.errors import InputError
-from guardfold.guard.model import processor as processing
+from guardfold.guard.model import trial
+from guardfold.guard.model.vlm import load_processor
 
 
 @pytest.fixture(params=FORMATS)
@@ -100,62 +101,62 @@ def runs(process: str) -> bool:
     return False
 
 
-class Endless:
-    """A processor whose chat template never ends; it leaves the id of the process that renders it in `said`."""
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% set c = a * b %}{% endfor %}{% endfor %}"
 
-    def __init__(self, said: Path) -> None:
-        self.said = said
 
-    def apply_chat_template(self, *_: Any, **__: Any) -> str:
-        self.said.with_suffix(".new").write_text(str(os.getpid()))
-        self.said.with_suffix(".new").replace(self.said)
-        while True:
-            pass
+def trial_of(process: int) -> str:
+    """The id of the process, started by `process`, that tries a processor; waits until there is one."""
+    while True:
+        for child in Path(f"/proc/{process}/task/{process}/children").read_text().split():
+            with contextlib.suppress(FileNotFoundError):
+                if b"guardfold.guard.model.trial" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    return child
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("closed", [(), (0, 1, 2)], ids=["with streams", "without"])
 def test_a_run_killed_while_it_tries_a_processor_leaves_no_lock_and_no_process(
-    tmp_path: Path, closed: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, model: Path, closed: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without standard streams, the lock gets the number of one."""
-    said, processor, output = tmp_path / "said", Endless(tmp_path / "said"), tmp_path / "guarded"
-    monkeypatch.setattr(processing, "SECONDS", 2.0)
+    output = tmp_path / "guarded"
+    (model / "chat_template.jinja").write_text(ENDLESS)
+    monkeypatch.setattr(trial, "SECONDS", 2.0)
 
     def killed() -> None:
         for stream in closed:
             os.close(stream)
         with staging(output, False):
-            processing.check_processor(cast(Any, processor), tmp_path)
+            load_processor(model)
 
     child = forked(killed)
-    with within(60):
-        while not said.exists():
-            time.sleep(0.01)
+    with within(300):
+        trying = trial_of(child)
         os.kill(child, signal.SIGKILL)
         assert ended(child) == -signal.SIGKILL
         with staging(output, False) as stage:
             (stage / "a").touch()
-        assert runs(said.read_text()), "it renders still, so that the lock is free is no accident"
-        while runs(said.read_text()):
+        assert runs(trying), "it goes on, so that the lock is free is no accident"
+        while runs(trying):
             time.sleep(0.01)
 
 
-def test_an_interrupt_ends_the_process_that_tries_a_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said, processor = tmp_path / "said", Endless(tmp_path / "said")
-    monkeypatch.setattr(processing, "SECONDS", 600.0)
+def test_an_interrupt_ends_the_process_that_tries_a_processor(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (model / "chat_template.jinja").write_text(ENDLESS)
+    monkeypatch.setattr(trial, "SECONDS", 600.0)
 
     def interrupted() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         with pytest.raises(KeyboardInterrupt):
-            processing.check_processor(cast(Any, processor), tmp_path)
-        assert not runs(said.read_text())
+            load_processor(model)
+        assert not Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
 
     child = forked(interrupted)
-    with within(60):
-        while not said.exists():
-            time.sleep(0.01)
+    with within(300):
+        trying = trial_of(child)
         os.kill(child, signal.SIGINT)
         assert ended(child) == 0
+        assert not runs(trying)
 
 
 def test_of_two_exports_to_one_output_one_wins(place: Path) -> None:

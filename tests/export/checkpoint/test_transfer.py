@@ -17,7 +17,7 @@ from zoo import change_tensors, tensors
 
 from guardfold.export.checkpoint.headers import Checkpoint
 from guardfold.export.checkpoint.rewrite import rewrite
-from guardfold.export.checkpoint.transfer import in_page_cache, in_threads, let_go
+from guardfold.export.checkpoint.transfer import drop_from_cache, in_page_cache, in_threads
 from guardfold.export.families.table import family_of
 from guardfold.export.fold import fold
 from guardfold.guard.base.errors import InputError
@@ -41,7 +41,7 @@ def to_disk(path: Path) -> None:
     """All of `path` leaves the page cache."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
-        let_go(file.fileno(), 0, path.stat().st_size)
+        drop_from_cache(file.fileno(), 0, path.stat().st_size)
 
 
 @pytest.fixture

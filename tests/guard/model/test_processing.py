@@ -10,7 +10,7 @@ from deadline import within
 from zoo import change_json
 
 from guardfold.guard.base.errors import InputError
-from guardfold.guard.model import processor as processing
+from guardfold.guard.model import trial
 from guardfold.guard.model.vlm import load_processor, meta_model
 from guardfold.validators.evidence.batches import comparison_batches
 
@@ -26,6 +26,12 @@ TEMPLATES = {
     ),
     "a long answer": ("{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}", "makes over .* characters"),
     "not a template": ("{% for %}", "fails .TemplateSyntaxError"),
+    "none of the question": ("USER: <image>", "does not take a question in parts"),
+    "plain text only": ("{% for m in messages %}{{ m.content }}{% endfor %}", "does not take a question in parts"),
+    "no place for a picture": (
+        "{% for m in messages %}{{ m.content[-1].text }}{% endfor %}",
+        "has no place for a picture",
+    ),
     "a complaint": ("{{ raise_exception('not today\nnor tomorrow') }}", "fails .TemplateError: not today nor tomorrow"),
     "an escape": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "fails .SecurityError"),
 }
@@ -36,8 +42,8 @@ def test_a_hostile_chat_template_is_refused_in_time(model: Path, kind: str, monk
     template, says = TEMPLATES[kind]
     (model / "chat_template.jinja").write_text(template)
     if kind == "endless":
-        monkeypatch.setattr(processing, "SECONDS", 1.0)
-    with within(60), pytest.raises(InputError, match=f"its chat template {says}") as error:
+        monkeypatch.setattr(trial, "SECONDS", 1.0)
+    with within(300), pytest.raises(InputError, match=f"its chat template {says}") as error:
         load_processor(model)
     assert "\n" not in str(error.value)
 
@@ -92,8 +98,9 @@ def test_a_hostile_processor_is_refused_in_time(
 ) -> None:
     name, values, says = PROCESSORS[kind]
     change_json(model / name, **values)
-    monkeypatch.setattr(processing, "SECONDS", 5.0)
-    with within(60), pytest.raises(InputError, match=f"its processor (takes over|fails|is ended by).*{says}") as error:
+    monkeypatch.setattr(trial, "SECONDS", 5.0)
+    ends = "(takes? over|cannot take|is ended by|makes no)"
+    with within(300), pytest.raises(InputError, match=f"its processor.*{ends}.*{says}") as error:
         load_processor(model)
     assert "\n" not in str(error.value)
     assert capfd.readouterr().err == ""
@@ -104,15 +111,9 @@ def test_an_exhausting_template_is_refused_even_where_no_processor_is_needed(
 ) -> None:
     """Without a processor, two models are compared on words drawn from the config; this is not such a case."""
     (model / "chat_template.jinja").write_text(TEMPLATES["endless"][0])
-    monkeypatch.setattr(processing, "SECONDS", 1.0)
+    monkeypatch.setattr(trial, "SECONDS", 1.0)
     with pytest.raises(InputError, match="takes over 1 seconds"):
         comparison_batches(meta_model(model), model)
-
-
-def test_a_template_without_a_place_for_pictures_is_refused(model: Path) -> None:
-    (model / "chat_template.jinja").write_text("How")
-    with pytest.raises(InputError, match=r"its processor fails .*image"):
-        load_processor(model)
 
 
 def test_a_damaged_tokenizer_is_refused(model: Path) -> None:

@@ -24,7 +24,7 @@ from guardfold.validators.behaviour.recorded import asked, record
 from guardfold.validators.behaviour.verdict import judge_guard
 from guardfold.validators.runtimes.endpoint import ATTEMPTS, SHOWN, Endpoint
 
-HARMFUL, BENIGN = 120, 330
+HARMFUL, BENIGN = 160, 330
 KEY = "sk-secretSECRETsecret"
 REFUSAL = "I'm sorry, I can't help with that."
 

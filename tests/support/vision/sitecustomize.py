@@ -1,0 +1,3 @@
+"""What an interpreter that tests start imports first, where this folder is on its path."""
+
+import torchvision_operators  # noqa: F401
