@@ -221,3 +221,9 @@ def test_where_no_bias_can_be_it_is_refused_by_name(tmp_path: Path, text: str, f
     with pytest.raises(InputError, match=complaint):
         exported(model, Guard((ADDITION,)), tmp_path, form)
     assert not (tmp_path / "out").exists()
+
+
+def test_graphs_of_a_folder_without_a_processor_are_asked_what_torch_was(tmp_path: Path) -> None:
+    model = Tiny().save(tmp_path / "model", processor=False)
+    made = exported(model, Guard((PROJECTION,)), tmp_path, "onnx")
+    assert (made / "onnx" / "decoder_model_merged.onnx").is_file()
