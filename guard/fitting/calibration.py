@@ -132,7 +132,8 @@ def asked_of(part: Part) -> list[Asked]:
     words as well, without. What says the same in other words is scored in one fold.
     """
     asked: list[Asked] = []
-    for index, (*pair, fold) in enumerate(zip(part.harmful, part.harmless, folds_of(part.wordings), strict=True)):
+    for index, fold in enumerate(folds_of(part.wordings)):
+        pair = part.harmful[index], part.harmless[index]
         for kind in (TEXT, _in_turn(PICTURES, index)):
             asked += [Asked(prompt, side, kind, fold) for prompt, side in zip(pair, SIDES, strict=True)]
         for texts in reworded([prompt.text for prompt in pair], REWORDINGS):

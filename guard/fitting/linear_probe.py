@@ -24,7 +24,7 @@ FOLDS = 5
 ALWAYS = -1
 """The fold of what every fit sees: positions that are no prompt's last."""
 
-STEPS = 100
+STEPS = 60
 CONSTANT_L2 = 1e-4
 READOUT_L2 = 1e-3
 RAMP = 0.1
@@ -107,28 +107,26 @@ def fit_probe(x: Tensor, harmful: Tensor, weight: Tensor, folds: Tensor, unit: T
     z = torch.cat([(x - one[:, None] * mean) / scale, one[:, None]], 1)
     sign = harmful.float() * 2 - 1
 
-    def losses(point: Tensor, rows: Tensor) -> Tensor:
-        return (weight[rows] * F.softplus(-sign[rows] * (z[rows] @ point))).sum()
-
-    def fit(rows: Tensor, l2: float) -> Tensor:
+    def fit(rows: Tensor, l2: float, start: Tensor) -> Tensor:
+        inputs, signs, weights = z[rows], sign[rows], weight[rows]
         return _minimise(
-            lambda point: losses(point, rows) + l2 / 2 * point[:-1].square().sum(), torch.zeros(z.shape[1])
+            lambda point: (weights * F.softplus(-signs * (inputs @ point))).sum() + l2 / 2 * point[:-1].square().sum(),
+            start,
         )
 
-    tried: dict[float, tuple[float, Tensor]] = {}
-    held = [fold for fold in folds.unique().tolist() if fold != ALWAYS]
-    for l2 in L2S:
-        scores, loss = torch.zeros(len(x)), 0.0
-        for fold in held:
-            rows = folds == fold
-            point = fit(~rows, l2)
-            scores[rows] = z[rows] @ point
-            loss += float(losses(point, rows))
-        tried[l2] = loss, scores
-    l2 = min(tried, key=lambda each: tried[each][0])
-    point, held_out = fit(torch.ones_like(harmful), l2), tried[l2][1]
-    held_out = torch.where(folds == ALWAYS, z @ point, held_out)
+    origin = torch.zeros(z.shape[1])
+    scores = {l2: torch.zeros(len(x)) for l2 in L2S}
+    for fold in set(folds.tolist()) - {ALWAYS}:
+        rows, point = folds == fold, origin
+        for l2 in sorted(L2S, reverse=True):  # each fit starts where the one before it, held tighter, ended
+            point = fit(~rows, l2, point)
+            scores[l2][rows] = z[rows] @ point
+    scored = folds != ALWAYS
+    losses = {l2: (weight * F.softplus(-sign * score))[scored].sum() for l2, score in scores.items()}
+    l2 = min(L2S, key=lambda each: float(losses[each]))
+    point = fit(torch.ones_like(harmful), l2, origin)
     weights = point[:-1] / scale
+    held_out = torch.where(scored, scores[l2], z @ point)
     return Probe(weights, float(point[-1] - mean @ weights), unit, l2, held_out)
 
 
