@@ -1,9 +1,10 @@
-"""What a gate is fitted, set and chosen on: anchors and benign prompts dealt into four parts that never meet."""
+"""What a gate is fitted and chosen on: anchors and benign prompts dealt into three parts that never meet."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal, get_args
@@ -14,49 +15,67 @@ from torch import Tensor
 from ..base.errors import InputError
 from ..model.vlm import VLM
 from ..prompts.image_files import Pictures
-from ..prompts.image_kinds import ANCHOR_KINDS, BENIGN_KINDS, ImageKind, draw
+from ..prompts.image_kinds import ANCHOR_KINDS, BENIGN_KINDS, TEXT, ImageKind, draw
 from ..prompts.prompt_files import field, rows
 from ..prompts.prompts import Anchors, Prompt
-from .linear_probe import split
+from ..prompts.rewording import reworded
+from .last_tokens import Asked, Group
+from .linear_probe import FOLDS, split
 from .transcripts import Place, Readings, Transcripts, Usage, answer, read
 
 BUILT_IN_BENIGN = Path(str(files("guardfold.guard") / "data" / "benign.jsonl"))
-Role = Literal["fit", "threshold", "select", "test"]
+Role = Literal["fit", "select", "test"]
 ROLES: tuple[Role, ...] = get_args(Role)
-SHARES = (0.4, 0.2, 0.2, 0.2)
-"""fit: the detector and the directions.  threshold: t0 and t1.  select: the candidates.  test: the figures reported."""
+SHARES = (0.7, 0.15, 0.15)
+"""fit: the detector, its thresholds (on scores of fits that have not seen the prompt) and the directions.  select: the
+candidates.  test: the figures reported."""
 
 MIN_ANCHORS, MIN_BENIGN = 40, 40
+NEAR_MISS = "near-miss"
+SIDES: tuple[Group, Group] = ("harmful", "harmless")
 
 
 @dataclass(frozen=True)
 class Part:
-    """One part: paired harmful and harmless anchors, benign prompts without pictures, and some that bring their own."""
+    """One part: paired harmful and harmless anchors, benign prompts without pictures (near misses apart), and all of
+    these with one.
+
+    wordings: how each pair asks, where its file says so, else "".
+    """
 
     harmful: tuple[Prompt, ...]
     harmless: tuple[Prompt, ...]
     benign: tuple[Prompt, ...]
     pictured: tuple[Prompt, ...]
+    near: tuple[Prompt, ...] = ()
+    wordings: tuple[str, ...] = ()
 
     @property
     def anchors(self) -> Anchors:
-        return Anchors(tuple(p.text for p in self.harmful), tuple(p.text for p in self.harmless))
+        return Anchors(tuple(p.text for p in self.harmful), tuple(p.text for p in self.harmless), self.wordings)
+
+    def head(self, count: int) -> Part:
+        """Returns the first `count` of each."""
+        return Part(*(getattr(self, each.name)[:count] for each in fields(self)))
 
 
 def load_benign(path: Path) -> list[Prompt]:
-    """Benign prompts from JSONL or CSV with `text` (and `image`, a file beside it). InputError naming the line."""
+    """Benign prompts from JSONL or CSV with `text` (and `image`, a file beside it; and `kind`, which says near-miss of
+    those that are harmful by their words only). InputError naming the line.
+    """
     prompts = []
     pictures = Pictures(path.parent)
     for number, row in rows(path):
         image = field(path, number, row, "image") if row.get("image") else None
         picture = pictures.load(image, f"{path}, line {number}") if image else None
-        prompts.append(Prompt(field(path, number, row, "text"), picture))
+        near = row.get("kind") == NEAR_MISS
+        prompts.append(Prompt(field(path, number, row, "text"), picture, near=near))
     return prompts
 
 
 def deal(anchors: Anchors, benign: Sequence[Prompt]) -> dict[Role, Part]:
-    """Returns the four parts. `pictured` are the benign prompts that bring a picture, and the part's others with one in
-    turn.
+    """Returns the three parts. `pictured` are the benign prompts that bring a picture, and the part's others with one
+    in turn.
 
     Raises InputError if there are too few of either to be dealt out.
     """
@@ -67,23 +86,66 @@ def deal(anchors: Anchors, benign: Sequence[Prompt]) -> dict[Role, Part]:
         )
     harmful = [Prompt(text) for text in anchors.harmful]
     harmless = [Prompt(text) for text in anchors.harmless]
-    plain = [prompt for prompt in benign if prompt.image is None]
     brought = [prompt for prompt in benign if prompt.image is not None]
-    parts = zip(ROLES, *(split(len(each), SHARES) for each in (harmful, plain, brought)), strict=True)
+    near = [prompt for prompt in benign if prompt.image is None and prompt.near]
+    plain = [prompt for prompt in benign if prompt.image is None and not prompt.near]
+    parts = zip(ROLES, *(split(len(each), SHARES) for each in (harmful, plain, near, brought)), strict=True)
     return {
         role: Part(
             tuple(harmful[index] for index in pairs),
             tuple(harmless[index] for index in pairs),
             tuple(plain[index] for index in alone),
             (*(brought[index] for index in shown), *(_pictured(plain[index], index) for index in alone)),
+            tuple(near[index] for index in misses),
+            tuple(anchors.wordings[index] for index in pairs),
         )
-        for role, pairs, alone, shown in parts
+        for role, pairs, alone, misses, shown in parts
     }
 
 
 def _pictured(prompt: Prompt, index: int) -> Prompt:
-    kind = BENIGN_KINDS[index % len(BENIGN_KINDS)]
-    return replace(prompt, image=draw(kind, prompt.text, prompt.text))
+    return replace(prompt, image=draw(_in_turn(BENIGN_KINDS, index), prompt.text, prompt.text))
+
+
+def _in_turn(kinds: Sequence[ImageKind], index: int) -> ImageKind:
+    return kinds[index % len(kinds)]
+
+
+REWORDINGS = 2
+"""Other wordings in which each anchor pair is shown, and twice as many of each near miss: they are fewer."""
+
+PICTURES = tuple(kind for kind in ANCHOR_KINDS if kind != TEXT)
+
+
+def folds_of(wordings: Sequence[str]) -> list[int]:
+    """Returns the fold of each pair: pairs of one wording together, so that scores are of wordings not seen; pairs of a
+    wording that is more than a fold of all, or not said, in turn.
+    """
+    counts = Counter(wordings)
+    whole = sorted(wording for wording, count in counts.items() if wording and count * FOLDS <= len(wordings))
+    place = {wording: index % FOLDS for index, wording in enumerate(whole)}
+    return [place.get(wording, index % FOLDS) for index, wording in enumerate(wordings)]
+
+
+def asked_of(part: Part) -> list[Asked]:
+    """Returns every prompt of `part` without a picture and with one, its kind in turn; anchors and near misses in other
+    words as well, without. What says the same in other words is scored in one fold.
+    """
+    asked: list[Asked] = []
+    for index, fold in enumerate(folds_of(part.wordings)):
+        pair = part.harmful[index], part.harmless[index]
+        for kind in (TEXT, _in_turn(PICTURES, index)):
+            asked += [Asked(prompt, side, kind, fold) for prompt, side in zip(pair, SIDES, strict=True)]
+        for texts in reworded([prompt.text for prompt in pair], REWORDINGS):
+            asked += [Asked(Prompt(text), side, TEXT, fold) for text, side in zip(texts, SIDES, strict=True)]
+    asked += [Asked(prompt, "benign", TEXT, index % FOLDS) for index, prompt in enumerate(part.benign)]
+    texts = {prompt.text: index for index, prompt in enumerate(part.benign)}
+    asked += [Asked(each, "benign", None, texts.get(each.text, n) % FOLDS) for n, each in enumerate(part.pictured)]
+    for index, prompt in enumerate(part.near):
+        fold = index % FOLDS
+        asked += [Asked(prompt, "near", kind, fold) for kind in (TEXT, _in_turn(BENIGN_KINDS, index))]
+        asked += [Asked(Prompt(text), "near", TEXT, fold) for (text,) in reworded([prompt.text], 2 * REWORDINGS)]
+    return asked
 
 
 @dataclass(frozen=True)
@@ -125,7 +187,7 @@ def examples(
     for kind in ANCHOR_KINDS:
         note(refused.under(kind), opens=True)
         note(answered.under(kind))
-    if part.benign:
-        note(answer(vlm, part.benign, f"{what}: benign prompts"))
+    if part.benign or part.near:
+        note(answer(vlm, (*part.benign, *part.near), f"{what}: benign prompts"))
     note(answer(vlm, part.pictured, f"{what}: benign prompts with pictures"))
     return {layer: Examples(harmful[layer], Readings.join(other[layer])) for layer in layers}

@@ -1,12 +1,12 @@
 """The gate's detector: which MLP inputs mean "a harmful request ends here", and from what score on.
 
-positives: x of the last prompt token of harmful anchors, with and without images.  negatives: x of the last prompt
-token of harmless ones, and of every other position.
+A weighted logistic regression on standardised inputs, its penalty chosen and its thresholds set on the scores that each
+prompt gets from a fit which has not seen its wording. Thresholds are rates of prompts, group by group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -17,10 +17,18 @@ from torch import Tensor
 from ..base.errors import InputError
 from .transcripts import Place, Readings
 
-L2 = 1e-3
-STEPS = 200
-UNIT_MARGIN = 0.5
-"""How far below its thresholds a bias-free gate is pushed where it must stay shut, in units of t1 - t0."""
+L2S = (0.03, 0.1, 0.3)
+"""Penalties on the mean loss that cross-validation chooses among."""
+
+FOLDS = 5
+ALWAYS = -1
+"""The fold of what every fit sees: positions that are no prompt's last."""
+
+STEPS = 60
+CONSTANT_L2 = 1e-4
+READOUT_L2 = 1e-3
+RAMP = 0.1
+"""How wide a gate's ramp is, of the distance between its t0 and the median of harmful prompts. Wider ones did not pay."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,39 @@ class Detector:
     t0: float
     t1: float
     unit: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A linear reading of harm: weights.x + bias, [n] (bias times unit.x where `unit` stands in for 1).
+
+    weights, unit: [d].  l2: the penalty that cross-validation chose.  held_out: the score of each row that it was
+    fitted to, [n], by a fit that had not seen the row's fold.
+    """
+
+    weights: Tensor
+    bias: float
+    unit: Tensor | None
+    l2: float
+    held_out: Tensor
+
+    def score(self, x: Tensor) -> Tensor:
+        """Returns the scores at x [n, d]: [n]; above 0 harm is likelier than not."""
+        return x @ self.weights + self.bias * constant(x, self.unit)
+
+    def detector(self, threshold: float, positives: Tensor) -> Detector:
+        """Returns the detector that begins to open at the score `threshold`, with a ramp of RAMP of the way to the
+        median score of `positives`, [p]; at least 1e-3 wide.
+        """
+        length = float(self.weights.norm())
+        width = max(RAMP * (float(positives.median()) - threshold), 1e-3)
+        t0 = (threshold - self.bias) / length
+        return Detector(self.weights / length, t0, t0 + width / length, self.unit)
+
+
+def constant(x: Tensor, unit: Tensor | None) -> Tensor:
+    """Returns what stands for 1 at x [n, d]: [n], all ones, or k.x."""
+    return torch.ones(len(x)) if unit is None else x @ unit
 
 
 def _minimise(loss: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
@@ -52,91 +93,98 @@ def _minimise(loss: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
     return point.detach()
 
 
-def fit_direction(positives: Tensor, negatives: Tensor) -> Tensor:
-    """u, [d], of unit length: class-balanced logistic regression with an L2 penalty, its intercept dropped.
+def fit_probe(x: Tensor, harmful: Tensor, weight: Tensor, folds: Tensor, unit: Tensor | None = None) -> Probe:
+    """Logistic regression of `harmful` on x, minimising sum(weight * loss) + l2 / 2 |w|^2 over standardised inputs.
 
-    positives: [p, d].  negatives: [n, d].  Raises InputError if either is empty.
+    x: [n, d].  harmful: [n], bool.  weight: [n], sums to 1.  folds: [n]; rows of one fold are scored by a fit to the
+    others, rows of ALWAYS by the fit to all.  unit: k, where k.x stands in for the intercept's 1, in fit and score
+    alike.  Raises InputError unless both kinds of rows are there.
     """
-    if not len(positives) or not len(negatives):
+    if not harmful.any() or harmful.all():
         raise InputError("a detector needs both harmful and harmless examples")
-    scale = negatives.square().mean().sqrt()
-    yes, no = positives / scale, negatives / scale
+    one = constant(x, unit)
+    mean, scale = x.mean(0), x.std(0) + 1e-6
+    z = torch.cat([(x - one[:, None] * mean) / scale, one[:, None]], 1)
+    sign = harmful.float() * 2 - 1
 
-    def loss(w: Tensor) -> Tensor:
-        data = F.softplus(-(yes @ w[:-1] + w[-1])).mean() + F.softplus(no @ w[:-1] + w[-1]).mean()
-        return data / 2 + L2 / 2 * w[:-1].square().sum()
+    def fit(rows: Tensor, l2: float, start: Tensor) -> Tensor:
+        inputs, signs, weights = z[rows], sign[rows], weight[rows]
+        return _minimise(
+            lambda point: (weights * F.softplus(-signs * (inputs @ point))).sum() + l2 / 2 * point[:-1].square().sum(),
+            start,
+        )
 
-    u = _minimise(loss, torch.zeros(positives.shape[1] + 1))[:-1]
-    return u / u.norm()
+    origin = torch.zeros(z.shape[1])
+    scores = {l2: torch.zeros(len(x)) for l2 in L2S}
+    for fold in set(folds.tolist()) - {ALWAYS}:
+        rows, point = folds == fold, origin
+        for l2 in sorted(L2S, reverse=True):  # each fit starts where the one before it, held tighter, ended
+            point = fit(~rows, l2, point)
+            scores[l2][rows] = z[rows] @ point
+    scored = folds != ALWAYS
+    losses = {l2: (weight * F.softplus(-sign * score))[scored].sum() for l2, score in scores.items()}
+    l2 = min(L2S, key=lambda each: float(losses[each]))
+    point = fit(torch.ones_like(harmful), l2, origin)
+    weights = point[:-1] / scale
+    held_out = torch.where(scored, scores[l2], z @ point)
+    return Probe(weights, float(point[-1] - mean @ weights), unit, l2, held_out)
 
 
-def thresholds(u: Tensor, positives: Tensor, negatives: Tensor, rate: float) -> tuple[float, float]:
-    """Returns (t0, t1) on examples that u was not fitted to.
+def fit_constant(x: Tensor) -> Tensor:
+    """k, [d], with k.x = 1 in least squares at x [n, d], the last tokens of prompts of every sort.
 
-    t0: the score that a share `rate` of the negatives exceed, whatever their number (the maximum would grow with it).
-    t1: the 30 % quantile of the positives, or t0 + a tenth of the distance of the means if that is more.
+    It stands in for the constant 1 where an MLP has no biases. All prompts end in the same words of the chat template,
+    so k.x is 1 to within a few per cent there; elsewhere it may be anything, and the probe is fitted with it as it is.
     """
-    yes, no = positives @ u, (negatives @ u).sort().values
-    t0 = float(no[max(0, min(len(no) - 1, int((1 - rate) * len(no))))])
-    least = 0.1 * float(yes.mean() - no.mean())
-    return t0, max(float(yes.quantile(0.3)), t0 + max(least, 1e-3))
+    moments = x.T @ x / len(x)
+    ridge = CONSTANT_L2 * moments.diagonal().mean() * torch.eye(len(moments))
+    return torch.linalg.solve(moments + ridge, x.mean(0))
+
+
+def prompt_threshold(scores: Tensor, rates: Mapping[str, tuple[Tensor, float]]) -> float:
+    """The lowest score that at most a share of every group exceeds.
+
+    scores: [n]; -inf for a prompt to which it makes no difference.  rates: group -> (its rows, [n] bool, the share).
+    """
+    lowest = float(scores[torch.isfinite(scores)].min()) - 1.0
+    for rows, rate in rates.values():
+        ordered = scores[rows].sort(descending=True).values
+        allowed = int(rate * len(ordered))
+        if allowed < len(ordered):
+            lowest = max(lowest, float(ordered[allowed]))
+    return lowest
 
 
 def fit_readout(positives: Tensor, other: Readings, weight: float) -> Tensor:
     """g, [neurons]: ridge regression of g.a on 1 at `positives` and on 0 everywhere else, float32.
 
-    Minimises mean (g.a - 1)^2 over positives + `weight` * sum over the kinds of places of mean (g.a)^2 + L2 |g|^2, in
-    units of the mean square of a neuron.  positives: [p, neurons].  Raises InputError if either is empty.
+    Minimises mean (g.a - 1)^2 over positives + `weight` * sum over the kinds of places of mean (g.a)^2 + an L2 penalty,
+    in units of the mean square of a neuron.  positives: [p, neurons].  Raises InputError if either is empty.
     """
     if not len(positives) or not len(other.x):
         raise InputError("nothing to fit a linear gate on: it needs harmful and harmless prompts")
     groups = [other.x[other.places == place].double() for place in other.places.unique()]
     opened = positives.double()
     moments = opened.T @ opened / len(opened) + weight * torch.stack([x.T @ x / len(x) for x in groups]).sum(0)
-    ridge = L2 * moments.diagonal().mean() * torch.eye(len(moments), dtype=moments.dtype)
+    ridge = READOUT_L2 * moments.diagonal().mean() * torch.eye(len(moments), dtype=moments.dtype)
     return torch.linalg.solve(moments + ridge, opened.mean(0)).float()
 
 
-def fit_unit(u: Tensor, t0: float, t1: float, positives: Tensor, negatives: Readings) -> Tensor:
-    """k, [d], that stands in for the constant 1 where an MLP has no biases.
-
-    k.x = 1 in least squares where the gate must open; elsewhere only t k.x >= u.x + margin for both thresholds, so
-    that both neurons stay shut, and k.x >= 0.  Places weigh the same whatever their number.
-    """
-    margin = UNIT_MARGIN * (t1 - t0)
-    groups = [negatives.at(place) for place in Place]
-    groups = [x for x in groups if len(x)]
-    scores = [x @ u for x in groups]
-
-    def loss(k: Tensor) -> Tensor:
-        total = (positives @ k - 1).square().mean() + L2 * k.square().sum()
-        for x, score in zip(groups, scores, strict=True):
-            one = x @ k
-            shut = [F.relu(score + margin - t * one).square() for t in (t0, t1)]
-            total = total + (shut[0] + shut[1]).mean() / (t1 - t0) ** 2 + F.relu(-one).square().mean()
-        return total
-
-    start = positives.mean(0)
-    return _minimise(loss, start / start.square().sum())
-
-
 def least_used(importance: Tensor, count: int) -> tuple[int, ...]:
-    """Returns the `count` neurons that write least, in ascending order of their number. importance: [neurons]."""
+    """The `count` neurons that write least, in ascending order of their number.  importance: [neurons]."""
     return tuple(sorted(importance.argsort()[:count].tolist()))
 
 
 def opening(detector: Detector, x: Tensor) -> Tensor:
-    """Returns how far the ideal gate opens at x [n, d]: [n], 0 to 1 (beta = inf; with k.x in place of 1 for bias-free
-    ones).
-    """
-    one = torch.ones(len(x)) if detector.unit is None else x @ detector.unit
+    """How far the ideal gate opens at x [n, d]: [n], 0 to 1 (beta = inf; with k.x in place of 1 for bias-free ones)."""
+    one = constant(x, detector.unit)
     score = x @ detector.u
     below, above = (F.relu(score - t * one) for t in (detector.t0, detector.t1))
     return (below - above) / (detector.t1 - detector.t0) * one
 
 
 def firing(detector: Detector, readings: Readings) -> dict[str, float]:
-    """Returns place -> share of its positions at which the gate opens at all (more than 1 %)."""
+    """Place -> share of its positions at which the gate opens at all (more than 1 %)."""
     return {
         place.name.lower(): float((opening(detector, x).abs() > 0.01).double().mean())
         for place in Place
@@ -145,7 +193,7 @@ def firing(detector: Detector, readings: Readings) -> dict[str, float]:
 
 
 def split(count: int, shares: Sequence[float]) -> list[list[int]]:
-    """Returns indices 0 .. count-1 dealt out in these shares, at random but always the same way."""
+    """Indices 0 .. count-1 dealt out in these shares, at random but always the same way."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
     bounds = [round(sum(shares[:i]) * count) for i in range(len(shares) + 1)]
     return [sorted(order[first:last]) for first, last in pairwise(bounds)]

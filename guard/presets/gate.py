@@ -2,53 +2,173 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..fitting.calibration import Examples
-from ..fitting.linear_probe import Detector, fit_direction, fit_unit, thresholds
+from ..fitting.directions import auc
+from ..fitting.last_tokens import Group, LastTokens
+from ..fitting.linear_probe import ALWAYS, Detector, Probe, fit_constant, fit_probe, prompt_threshold
 from ..fitting.material import Material
+from ..fitting.transcripts import Place, Readings
 from ..interventions import Candidate, Gate
 from ..interventions.gate import NEURONS
 from .base import Preset, Round
 
-FALSE_POSITIVE_RATES = (1e-3, 3e-3)
-GAINS = (0.5, 1.0, 2.0)
-"""a: a gate writes a * gap * v_1 when it is open, gap being how far apart harmful and harmless lie along v_1."""
+SHARES: Mapping[Group, float] = {"harmful": 0.5, "harmless": 0.1, "benign": 0.2, "near": 0.2}
+"""What each group of prompts weighs in the detector's fit, whatever their number. Matched twins alone would leave
+natural prompts unseen, and weighing them more costs more recall than it saves.
+"""
+
+ELSEWHERE = 0.1
+"""What all positions that are no prompt's last weigh, each kind of place alike, of the whole."""
+
+RATES = (0.0025, 0.005, 0.01)
+"""Shares of benign prompts at which a gate may newly open."""
+
+OFTENER: Mapping[Group, float] = {"benign": 1, "near": 4, "harmless": 20}
+"""How many times as often it may in each group. Twins of harmful prompts are the hardest near misses there are."""
+
+POSITIONS = 1e-3
+"""The share of other positions, of each kind of place, at which it may."""
+
+LAYERS = 4
+"""So many layers are tried: those that recognise most harmful prompts."""
+
+GAINS: Mapping[str, tuple[float, ...]] = {"v1": (0.5, 1.0, 3.0), "refused": (1.0, 3.0)}
+"""Column -> multiples of it that are tried. v1: gap * v_1.  refused: the mean difference of the stream between harmful
+prompts that the model refuses and those that it complies with (Arditi et al. 2024), made as long as gap.
+"""
+
+ENOUGH = 8
+"""Fewer harmful prompts refused, or complied with, make no direction of refusal and no rate."""
+
+REPORTED = (0.005, 0.01, 0.03)
+"""Rates of false openings at which recall is reported."""
 
 
 def gates(material: Material, _before: Candidate | None = None) -> Iterable[Candidate]:
-    """One gate for every layer, false-positive rate of t0, and gain."""
-    rate = material.settings.rate
-    for layer, fit in material.examples("fit").items():
-        set_on = material.examples("threshold")[layer]
-        u = fit_direction(fit.positives, fit.other.x)
-        v, gap = material.directions.bases[layer][0], material.directions.gap[layer]
-        for false_positive_rate in FALSE_POSITIVE_RATES if rate is None else (rate,):
-            detector = detect(u, fit, set_on, false_positive_rate, material.biases)
-            for gain in GAINS:
-                gate = Gate(
-                    layer,
-                    detector.u,
-                    gain * gap * v,
-                    detector.t0,
-                    detector.t1,
-                    detector.unit,
-                    material.places(layer, NEURONS),
-                    material.settings.beta,
-                )
-                yield Candidate((gate,), {"layer": layer, "false_positive_rate": false_positive_rate, "gain": gain})
+    """Gates in the layers that recognise most, for every rate of false openings, column, and gain."""
+    rates = RATES if material.settings.rate is None else (material.settings.rate,)
+    last = material.last_tokens
+    layers = best_layers(material, max(rates))
+    elsewhere = {layer: each.other.but(Place.LAST) for layer, each in material.examples("fit", layers).items()}
+    for layer in layers:
+        probe = fitted(material, layer, elsewhere[layer])
+        material.notes.setdefault("detector", {})[str(layer)] = figures(probe, last)
+        for rate in rates:
+            detector = detect(probe, last, rate, elsewhere[layer])
+            for name, column in columns(material, layer).items():
+                for gain in GAINS[name]:
+                    settings = {"layer": layer, "false_positive_rate": rate, "column": name, "gain": gain}
+                    yield Candidate((_gate(material, layer, detector, gain * column),), settings)
 
 
-def detect(u: Tensor, fit: Examples, set_on: Examples, rate: float, biases: bool) -> Detector:
-    """Returns the detector along u with its thresholds, and with its unit where the MLP has no biases."""
-    t0, t1 = thresholds(u, set_on.positives, set_on.other.x, rate)
-    if biases:
-        return Detector(u, t0, t1)
-    positives = torch.cat([fit.positives, set_on.positives])
-    return Detector(u, t0, t1, fit_unit(u, t0, t1, positives, type(fit.other).join([fit.other, set_on.other])))
+def _gate(material: Material, layer: int, detector: Detector, column: Tensor) -> Gate:
+    places, beta = material.places(layer, NEURONS), material.settings.beta
+    return Gate(layer, detector.u, column, detector.t0, detector.t1, detector.unit, places, beta)
+
+
+def best_layers(material: Material, rate: float) -> list[int]:
+    """Returns the LAYERS layers, ascending, whose probes recognise most harmful prompts of wordings not seen."""
+    last = material.last_tokens
+    probes = {layer: fitted(material, layer) for layer in material.upper}
+    found = {layer: recall(probe, last, threshold(probe, last, rate)) for layer, probe in probes.items()}
+    material.notes["recall"] = {str(layer): share for layer, share in found.items()}
+    return sorted(sorted(found, key=lambda layer: found[layer])[-LAYERS:])
+
+
+def fitted(material: Material, layer: int, elsewhere: Readings | None = None) -> Probe:
+    """Returns the probe of `layer`, fitted to last tokens and, where given, to readings at other positions."""
+    last = material.last_tokens
+    x, harmful, folds = last.x[layer], last.rows("harmful"), last.folds
+    unit = None if material.biases else fit_constant(x)
+    weight = _shared({group: (last.rows(group), share) for group, share in SHARES.items()})
+    if elsewhere is not None:
+        places = {place.name: (elsewhere.places == place, 1.0) for place in Place}
+        x, harmful = torch.cat([x, elsewhere.x]), torch.cat([harmful, torch.zeros(len(elsewhere.x), dtype=torch.bool)])
+        weight = torch.cat([(1 - ELSEWHERE) * weight, ELSEWHERE * _shared(places)])
+        folds = torch.cat([folds, torch.full((len(elsewhere.x),), ALWAYS)])
+    return fit_probe(x, harmful, weight, folds, unit)
+
+
+def _shared(groups: Mapping[str, tuple[Tensor, float]]) -> Tensor:
+    """Weights that sum to 1, [n]: each group (its rows, [n] bool, and its share) alike in its rows."""
+    weight = torch.stack([share * rows.float() / max(1, int(rows.sum())) for rows, share in groups.values()]).sum(0)
+    return weight / weight.sum()
+
+
+def detect(probe: Probe, last: LastTokens, rate: float, elsewhere: Readings) -> Detector:
+    """Returns the detector that newly opens at `rate` of benign prompts, OFTENER times that of others, and at POSITIONS
+    of other places.
+    """
+    most = max(
+        (
+            prompt_threshold(probe.score(x), {place.name: (torch.ones(len(x), dtype=torch.bool), POSITIONS)})
+            for place in Place
+            if len(x := elsewhere.at(place))
+        ),
+        default=float("-inf"),
+    )
+    return probe.detector(max(most, threshold(probe, last, rate)), _scores(probe, last)[last.rows("harmful")])
+
+
+def threshold(probe: Probe, last: LastTokens, rate: float) -> float:
+    """Returns the lowest score at which a gate opens newly on at most `rate` of benign prompts, and OFTENER times that
+    of others: prompts that the model refuses anyway are none.
+    """
+    scores = _scores(probe, last).masked_fill(last.refused, float("-inf"))
+    return prompt_threshold(scores, {group: (last.rows(group), rate * often) for group, often in OFTENER.items()})
+
+
+def _scores(probe: Probe, last: LastTokens) -> Tensor:
+    """Scores of prompts by fits that have not seen them; what follows them are other positions."""
+    return probe.held_out[: len(last.asked)]
+
+
+def recall(probe: Probe, last: LastTokens, t0: float) -> float:
+    """Returns the share of harmful prompts that open a gate at `t0`, of those that the model complies with."""
+    harmful = last.rows("harmful")
+    complied = harmful & ~last.refused
+    counted = complied if int(complied.sum()) >= ENOUGH else harmful
+    return float((_scores(probe, last)[counted] > t0).double().mean())
+
+
+def columns(material: Material, layer: int) -> dict[str, Tensor]:
+    """Returns what a gate may write, each [d] and as long as gap: a name of GAINS -> column."""
+    v, gap = material.directions.bases[layer][0], material.directions.gap[layer]
+    found = {"v1": gap * v}
+    last = material.last_tokens
+    harmful = last.rows("harmful")
+    refused, complied = (last.h[layer][harmful & each] for each in (last.refused, ~last.refused))
+    if min(len(refused), len(complied)) >= ENOUGH:
+        difference = refused.mean(0) - complied.mean(0)
+        found["refused"] = abs(gap) * difference / difference.norm()
+    return found
+
+
+def figures(probe: Probe, last: LastTokens) -> dict[str, Any]:
+    """Returns, as JSON, how well prompts of wordings not seen are told apart: AUC against twins by image kind, and the
+    recall of harmful prompts by group, rate of openings in it, and image kind.
+    """
+    scores, harmful = _scores(probe, last), last.rows("harmful")
+    kinds = sorted({each.kind for each in last.asked if each.group == "harmful" and each.kind is not None})
+    found: dict[str, Any] = {
+        "l2": probe.l2,
+        "auc": {k: auc(scores[last.rows("harmful", k)], scores[last.rows("harmless", k)]) for k in kinds},
+        "recall": {},
+    }
+    for group in OFTENER:
+        if not (rows := last.rows(group)).any():
+            continue
+        for rate in REPORTED:
+            t0 = prompt_threshold(scores, {group: (rows, rate)})
+            opens = {kind: float((scores[last.rows("harmful", kind)] > t0).double().mean()) for kind in kinds}
+            found["recall"].setdefault(group, {})[f"{rate:g}"] = opens
+    found["prompts"] = {"harmful": int(harmful.sum()), **{group: int(last.rows(group).sum()) for group in OFTENER}}
+    return found
 
 
 FIRST = Round("gate", "choosing a gate", gates)

@@ -18,7 +18,7 @@ GAINS = (0.25, 0.5, 1.0)
 
 def linear_gates(material: Material, _before: Candidate | None = None) -> Iterable[Candidate]:
     """One linear gate for every layer, weight, and gain."""
-    for layer, found in material.examples("fit", neurons=True).items():
+    for layer, found in material.examples("fit", material.tried, neurons=True).items():
         v, gap = material.directions.bases[layer][0], material.directions.gap[layer]
         for weight in WEIGHTS:
             readout = fit_readout(found.positives, found.other, weight)

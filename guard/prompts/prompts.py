@@ -32,26 +32,38 @@ PLACEHOLDERS = ("image_token", "boi_token", "video_token", "audio_token")
 
 @dataclass(frozen=True)
 class Prompt:
-    """One user turn: `text`, an image if there is one, and the expected answer where a file says it."""
+    """One user turn: `text`, an image if there is one, and the expected answer where a file says it.
+
+    near: whether it is a near miss, harmful by its words only.
+    """
 
     text: str
     image: Image.Image | None = None
     answer: str | None = None
+    near: bool = False
 
 
 @dataclass(frozen=True)
 class Anchors:
-    """N paired queries: harmful[i] and harmless[i] differ in harm and as little else as possible."""
+    """N paired queries: harmful[i] and harmless[i] differ in harm and as little else as possible.
+
+    wordings: the way in which each pair asks, "" where its file does not say.
+    """
 
     harmful: tuple[str, ...]
     harmless: tuple[str, ...]
+    wordings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.wordings:
+            object.__setattr__(self, "wordings", ("",) * len(self.harmful))
 
     def __len__(self) -> int:
         return len(self.harmful)
 
     def head(self, count: int) -> Anchors:
         """Returns the first `count` pairs."""
-        return Anchors(self.harmful[:count], self.harmless[:count])
+        return Anchors(self.harmful[:count], self.harmless[:count], self.wordings[:count])
 
     @property
     def hash(self) -> str:
@@ -70,12 +82,20 @@ def beside(folder: Path, name: str) -> Path | None:
 
 
 def load_anchors(path: Path = BUILT_IN_ANCHORS) -> Anchors:
-    """Anchor pairs from JSONL or CSV with `harmful` and `harmless` columns. InputError naming the line if malformed."""
-    pairs = [(field(path, n, row, "harmful"), field(path, n, row, "harmless")) for n, row in rows(path)]
+    """Anchor pairs from JSONL or CSV with `harmful` and `harmless` columns, and `wording` if it has one. InputError
+    naming the line if malformed.
+    """
+    pairs = [
+        (
+            field(path, number, row, "harmful"),
+            field(path, number, row, "harmless"),
+            field(path, number, row, "wording") if row.get("wording") else "",
+        )
+        for number, row in rows(path)
+    ]
     if not pairs:
         raise InputError(f"{path}: no anchor pairs")
-    harmful, harmless = zip(*pairs, strict=True)
-    return Anchors(harmful, harmless)
+    return Anchors(*zip(*pairs, strict=True))
 
 
 def illustrated(prompts: Iterable[Prompt], kind: ImageKind | None) -> list[Prompt]:

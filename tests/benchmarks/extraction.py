@@ -26,7 +26,7 @@ from guardfold.guard.presets.layers import LAYER_SETS
 from guardfold.guard.presets.vlm_guard import STRENGTHS
 from guardfold.guard.prompts.prompts import Prompt, encode, load_anchors
 from guardfold.validators.behaviour.judge import PhraseJudge
-from guardfold.validators.behaviour.selection import Bench
+from guardfold.validators.behaviour.selection import CONFIRMED, Bench
 
 TEXT = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 18, "num_attention_heads": 16}
 
@@ -71,17 +71,18 @@ def main() -> None:
         benign, depth = load_benign(folder / "benign.jsonl")[: given.pairs], len(vlm.layers)
         material = Material(vlm, anchors, benign, depth, range(depth), gains_biases=False)
         timed("directions", lambda: material.directions)
-        timed("examples: fit", lambda: material.examples("fit"))
-        timed("examples: threshold", lambda: material.examples("threshold"))
+        timed("last tokens", lambda: material.last_tokens)
         candidates = timed("fitting detectors", lambda: list(gates(material)))
         bench = timed("bench: the original", lambda: Bench(vlm, material.parts["select"], PhraseJudge()))
         tried = len(candidates) + len(LAYER_SETS) * len(STRENGTHS)
+        timed("one first decision", lambda: bench.decisions(candidates[0]))
         timed("one candidate", lambda: bench.figures(candidates[0]))
-        seconds[f"{tried} candidates (extrapolated)"] = tried * seconds.pop("one candidate")
+        seconds[f"{tried} first decisions (extrapolated)"] = tried * seconds.pop("one first decision")
+        seconds[f"{CONFIRMED} candidates (extrapolated)"] = CONFIRMED * seconds.pop("one candidate")
     total = sum(seconds.values())
     for stage, spent in seconds.items():
         print(f"{stage:32} {spent:8.1f} s  {spent / total:5.1%}")
-    print(f"{len(candidates)} gates over layers {material.tried}, gains {GAINS}")
+    print(f"{len(candidates)} gates over layers {sorted({each.settings['layer'] for each in candidates})}, gains {GAINS}")
 
 
 if __name__ == "__main__":

@@ -120,8 +120,10 @@ def _made(model: OpenModel, preset: Preset, options: GuardOptions, judge: Judge 
     outright = preset.outright.get(options.scope)
     benign = [] if outright else load_benign(options.benign or beside(folder, "benign.jsonl") or BUILT_IN_BENIGN)
     vlm = load(folder)
+    judge = judge or PhraseJudge(refusal_text(folder))
+    gains_biases = family.bias_flag is not None
     material = Material(
-        vlm, anchors, benign, family.layers, sorted(family.mlps), family.bias_flag is not None, settings
+        vlm, anchors, benign, family.layers, sorted(family.mlps), gains_biases, settings, judge.refuses_first
     )
     provenance = {
         "guardfold": __version__,
@@ -133,7 +135,7 @@ def _made(model: OpenModel, preset: Preset, options: GuardOptions, judge: Judge 
         candidate, directions = outright(material)
         found: dict[str, Any] = {"directions": directions.figures()}
     else:
-        candidate, found = _chosen(material, preset, judge or PhraseJudge(refusal_text(folder)))
+        candidate, found = _chosen(material, preset, judge)
         directions = material.directions
     guard = Guard(candidate.interventions, json.loads(json.dumps({**provenance, **found})))
     return replace(guard, reference=_reference(directions, family.layers))
@@ -149,29 +151,33 @@ def _chosen(material: Material, preset: Preset, judge: Judge) -> tuple[Candidate
     candidates = list(preset.rounds[0].candidates(material, None))
     bench = Bench(material.vlm, material.parts["select"], judge)
     trials: list[Trial] = []
+    decided: list[dict[str, Any]] = []
     chosen_in: dict[str, Trial | None] = {}
     before: Trial | None = None
     for number, round_ in enumerate(preset.rounds):
         if number:
             candidates = list(round_.candidates(material, before.candidate if before else None))
-        tried = bench.try_all(candidates, round_.what)
+        tried, first = bench.try_all(candidates, round_.what)
         trials += tried
+        decided += first
         before = chosen_in[round_.name] = best(tried, bench.original)
     chosen, name, why = choose(preset, chosen_in)
     found: dict[str, Any] = {
         "directions": material.directions.figures(),
+        **material.notes,
         "selection": {
             "chosen": chosen.row(),
             "preset": name,
             "why": why,
             "original": asdict(bench.original),
             "candidates": [trial.row() for trial in trials],
+            "trade_off": decided,
             "parts": {role: len(part.harmful) for role, part in material.parts.items()},
         },
     }
     for intervention in chosen.candidate.interventions:
         if (reading := intervention.opens_on) is not None:
-            held_out = material.examples("test", reading.neurons)[reading.layer]
+            held_out = material.examples("test", [reading.layer], reading.neurons)[reading.layer]
             found |= {
                 "held_out": scrutinise(material.vlm, intervention, held_out),
                 "scores": sample_scores(reading, held_out),

@@ -1,4 +1,4 @@
-"""What a gate is fitted on: four parts that never meet, and prompts with answers read where they stand."""
+"""What a gate is fitted on: three parts that never meet, and prompts with answers read where they stand."""
 
 from __future__ import annotations
 
@@ -22,10 +22,15 @@ from guardfold.guard.fitting.calibration import (
     MIN_BENIGN,
     ROLES,
     Part,
+    asked_of,
     deal,
     examples,
+    folds_of,
     load_benign,
 )
+from guardfold.guard.fitting.last_tokens import FIRST_WORDS, Asked, read_last
+from guardfold.guard.fitting.linear_probe import FOLDS
+from guardfold.guard.fitting.states import prompt_states
 from guardfold.guard.fitting.transcripts import (
     Page,
     Place,
@@ -55,17 +60,17 @@ def benign(plain: int, pictured: int = 0) -> list[Prompt]:
 
 
 def texts(part: Part) -> set[str]:
-    return {p.text for group in (part.harmful, part.harmless, part.benign, part.pictured) for p in group}
+    return {p.text for group in (part.harmful, part.harmless, part.benign, part.pictured, part.near) for p in group}
 
 
 @pytest.mark.parametrize("prompts", [benign(60), benign(60, 25), benign(0, 60)], ids=["plain", "mixed", "pictured"])
-def test_the_four_parts_never_meet_and_leave_nothing_out(prompts: Sequence[Prompt]) -> None:
+def test_the_three_parts_never_meet_and_leave_nothing_out(prompts: Sequence[Prompt]) -> None:
     parts = deal(anchors(50), prompts)
-    assert tuple(parts) == ROLES == ("fit", "threshold", "select", "test")
-    assert [len(part.harmful) for part in parts.values()] == [20, 10, 10, 10]
+    assert tuple(parts) == ROLES == ("fit", "select", "test")
+    assert [len(part.harmful) for part in parts.values()] == [35, 7, 8]
     seen = [texts(part) for part in parts.values()]
     assert set().union(*seen) == {*anchors(50).harmful, *anchors(50).harmless, *(p.text for p in prompts)}
-    for one in range(4):
+    for one in range(3):
         for other in range(one):
             assert not seen[one] & seen[other]
 
@@ -92,11 +97,63 @@ def test_pictures_that_prompts_bring_are_kept() -> None:
 
 
 @pytest.mark.parametrize(("pairs", "prompts"), [(MIN_ANCHORS - 1, 400), (400, MIN_BENIGN - 1), (0, 0)])
+def test_near_misses_are_kept_apart() -> None:
+    near = [Prompt(f"near {i}", near=True) for i in range(20)]
+    parts = deal(anchors(50), [*benign(60), *near])
+    assert {p.text for part in parts.values() for p in part.near} == {p.text for p in near}
+    assert not any(p.near for part in parts.values() for p in (*part.benign, *part.pictured))
+
+
+def test_whole_wordings_share_a_fold_and_what_is_common_or_unsaid_is_dealt_out() -> None:
+    wordings = ["how"] * 50 + [f"rare {n % 10}" for n in range(40)] + [""] * 10
+    folds = folds_of(wordings)
+    assert all(len({fold for fold, each in zip(folds, wordings, strict=True) if each == f"rare {n}"}) == 1 for n in range(10))
+    assert len({fold for fold, each in zip(folds, wordings, strict=True) if each == "how"}) == FOLDS
+    assert len(set(folds[90:])) == FOLDS
+    assert set(folds) == set(range(FOLDS))
+
+
+def test_everything_is_asked_with_and_without_a_picture_and_what_says_the_same_is_scored_together() -> None:
+    pairs = Anchors(
+        tuple(f"How to break lock {i}?" for i in range(50)),
+        tuple(f"How to paint lock {i}?" for i in range(50)),
+        tuple(f"way {i % 10}" for i in range(50)),
+    )
+    near = [Prompt(f"How do I kill weed {i}?", near=True) for i in range(20)]
+    part = deal(pairs, [*benign(60, 5), *near])["fit"]
+    asked = asked_of(part)
+    for prompts, group in ((part.harmful, "harmful"), (part.harmless, "harmless"), (part.near, "near")):
+        for prompt in prompts:
+            rows = [each for each in asked if each.group == group and each.prompt.text.endswith(prompt.text[-8:])]
+            assert len({each.fold for each in rows}) == 1
+            same = [each for each in rows if each.prompt.text == prompt.text]
+            assert sorted(each.pictured for each in same) == [False, True]
+            assert len(rows) > len(same) and not any(each.pictured for each in rows if each not in same)
+    assert {each.prompt.text for each in asked if each.group == "benign"} == {
+        p.text for p in (*part.benign, *part.pictured)
+    }
+    assert all(each.fold in range(FOLDS) for each in asked)
+
+
+def test_last_tokens_are_read_as_every_position_is(speaker: VLM) -> None:
+    asked = [Asked(prompt, "harmful", kind, 0) for prompt in ASKED for kind in ("text", "shape")]
+    last = read_last(speaker, asked, [1, 2], lambda answer: "o" in answer, "reading")
+    for kind in ("text", "shape"):
+        expected = last_readings(speaker, ASKED, kind, 2, "last")
+        assert torch.allclose(last.x[2][last.rows("harmful", kind)], expected, atol=1e-5)
+    states = prompt_states(speaker, ASKED, [2], "states", "shape")
+    assert torch.allclose(last.h[2][last.rows("harmful", "shape")], states[2], atol=1e-5)
+    said = answer(speaker, ASKED, "answers", "text", FIRST_WORDS).answers
+    told = [speaker.processor.batch_decode([each], skip_special_tokens=True)[0] for each in said]
+    assert last.refused[last.rows("harmful", "text")].tolist() == ["o" in each for each in told]
+    assert not last.rows("near").any()
+
+
 def test_too_few_of_either_are_refused(pairs: int, prompts: int) -> None:
     with pytest.raises(InputError, match=f"{pairs} anchor pairs and {prompts} benign prompts are too few") as error:
         deal(anchors(pairs), benign(prompts))
     assert "\n" not in str(error.value)
-    assert len(deal(anchors(MIN_ANCHORS), benign(MIN_BENIGN))) == 4
+    assert len(deal(anchors(MIN_ANCHORS), benign(MIN_BENIGN))) == 3
 
 
 @pytest.mark.parametrize(

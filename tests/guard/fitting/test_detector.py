@@ -13,14 +13,18 @@ from torch import Tensor
 
 from guardfold.guard.base.errors import InputError
 from guardfold.guard.fitting.linear_probe import (
+    ALWAYS,
+    FOLDS,
+    L2S,
     Detector,
+    Probe,
     firing,
-    fit_direction,
-    fit_unit,
+    fit_constant,
+    fit_probe,
     least_used,
     opening,
+    prompt_threshold,
     split,
-    thresholds,
 )
 from guardfold.guard.fitting.transcripts import Place
 
@@ -40,126 +44,134 @@ def planted(positives: int = 800, negatives: int = 4000) -> tuple[Tensor, Tensor
     return noise(positives, 2) + 3 * PLANTED, noise(negatives, 3)
 
 
+def probe_of(positives: Tensor, negatives: Tensor, unit: Tensor | None = None) -> Probe:
+    """A probe with both classes of equal weight, and every fifth row in a fold."""
+    x = torch.cat([positives, negatives])
+    harmful = torch.arange(len(x)) < len(positives)
+    weight = torch.where(harmful, 0.5 / max(1, len(positives)), 0.5 / max(1, len(negatives)))
+    return fit_probe(x, harmful, weight, torch.arange(len(x)) % FOLDS, unit)
+
+
 def test_the_planted_direction_is_found() -> None:
-    positives, negatives = planted()
-    u = fit_direction(positives, negatives)
-    assert float(u.norm()) == pytest.approx(1, abs=1e-5)
-    assert cosine(u, PLANTED) > 0.97
+    probe = probe_of(*planted())
+    assert cosine(probe.weights, PLANTED) > 0.97
+    assert probe.l2 in L2S
 
 
 def test_the_direction_that_separates_is_found_where_another_varies_more_whatever_the_scale() -> None:
     loud = torch.ones(WIDTH)
     loud[0] = 20
     positives, negatives = planted()
-    shift = torch.zeros(WIDTH)
-    shift[1] = 4
-    u = fit_direction((positives - 3 * PLANTED) * loud + shift, negatives * loud)
-    assert abs(float(u[1])) > 0.95
-    for scale in (0.001, 100.0):
-        scaled = fit_direction(scale * ((positives - 3 * PLANTED) * loud + shift), scale * negatives * loud)
-        assert cosine(scaled, u) > 0.999
+    plain, shifted = probe_of(positives, negatives), probe_of(positives * loud + 4, negatives * loud + 4)
+    scores = [probe.held_out for probe in (plain, shifted, probe_of(positives * 0.001, negatives * 0.001))]
+    assert torch.allclose(scores[0], scores[1], atol=0.02) and torch.allclose(scores[0], scores[2], atol=0.02)
 
 
-def test_classes_weigh_the_same_whatever_their_number() -> None:
-    """Classes of unlike spread: the boundary would turn with the balance."""
-    spread = torch.ones(WIDTH)
-    spread[:4] = 5
-    positives, negatives = noise(300, 4) * spread + 1.5 * PLANTED, noise(300, 5)
-    u = fit_direction(positives, negatives)
-    assert cosine(fit_direction(positives, negatives.repeat(20, 1)), u) > 0.9999
-    assert cosine(fit_direction(positives.repeat(20, 1), negatives), u) > 0.9999
+def test_groups_weigh_what_is_said_whatever_their_number() -> None:
+    positives, negatives = noise(300, 4) + 1.5 * PLANTED, noise(300, 5)
+    assert cosine(probe_of(positives, negatives).weights, probe_of(positives, negatives.repeat(20, 1)).weights) > 0.999
+
+
+def test_scores_of_a_fold_are_by_a_fit_that_has_not_seen_it() -> None:
+    """Rows of noise that a fit can learn by heart, but not foretell."""
+    x, harmful = noise(60, 6).repeat(1, 8) + 0.1 * torch.randn(60, 8 * WIDTH), torch.arange(60) % 2 == 0
+    folds = torch.arange(60) % FOLDS
+    probe = fit_probe(x, harmful, torch.full((60,), 1 / 60), folds)
+    seen = probe.score(x)
+    assert float((seen[harmful].mean() - seen[~harmful].mean())) > 0.5
+    changed = x.clone()
+    changed[folds == 2] += 100 * noise(int((folds == 2).sum()), 7).repeat(1, 8)
+    far = fit_probe(torch.cat([x, x[:1]]), torch.cat([harmful, harmful[:1]]), torch.full((61,), 1 / 61),
+                    torch.cat([folds, torch.tensor([ALWAYS])]))
+    assert torch.allclose(far.held_out[-1], far.score(x[:1])[0], atol=1e-3)
+    lucky = float((probe.held_out[harmful].mean() - probe.held_out[~harmful].mean()))
+    assert lucky < 0.5 * float((seen[harmful].mean() - seen[~harmful].mean()))
 
 
 def test_classes_that_a_plane_separates_are_no_trouble() -> None:
-    u = fit_direction(noise(20, 6) * 0.01 + PLANTED, noise(20, 7) * 0.01 - PLANTED)
-    assert cosine(u, PLANTED) > 0.99
+    probe = probe_of(noise(20, 6) * 0.01 + PLANTED, noise(20, 7) * 0.01 - PLANTED)
+    assert torch.isfinite(probe.weights).all()
+    assert float(probe.score(PLANTED[None])) > 0 > float(probe.score(-PLANTED[None]))
 
 
 @pytest.mark.parametrize(("positives", "negatives"), [(0, 5), (5, 0)])
 def test_a_detector_without_examples_of_both_kinds_is_refused(positives: int, negatives: int) -> None:
     with pytest.raises(InputError, match="both harmful and harmless"):
-        fit_direction(noise(positives, 1), noise(negatives, 2))
+        probe_of(noise(positives, 1), noise(negatives, 2))
 
 
-@given(count=st.integers(2000, 40_000), rate=st.sampled_from([1e-3, 3e-3, 0.05, 0.5]), seed=st.integers(0, 99))
-@settings(max_examples=25, deadline=None)
-def test_t0_is_exceeded_by_the_rate_asked_for(count: int, rate: float, seed: int) -> None:
-    u = torch.tensor([1.0, 0.0])
-    negatives = torch.randn(count, 2, generator=torch.Generator().manual_seed(seed))
-    t0, t1 = thresholds(u, negatives[:50] + 3, negatives, rate)
-    assert abs(float((negatives @ u > t0).double().mean()) - rate) <= 2 / count
-    assert t1 > t0
+@given(
+    counts=st.lists(st.integers(1, 400), min_size=1, max_size=3),
+    rate=st.sampled_from([0.0, 0.005, 0.05, 0.5]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=50, deadline=None)
+def test_no_group_exceeds_its_rate_and_a_lower_threshold_would(counts: list[int], rate: float, seed: int) -> None:
+    scores = torch.randn(sum(counts), generator=torch.Generator().manual_seed(seed))
+    ends = torch.tensor(counts).cumsum(0)
+    rows = {str(n): (torch.arange(len(scores)) < end, rate) for n, end in enumerate(ends.tolist())}
+    t0 = prompt_threshold(scores, rows)
+    assert all(float((scores[each] > t0).double().mean()) <= rate for each, _ in rows.values())
+    assert any(float((scores[each] >= t0).double().mean()) > rate for each, _ in rows.values())
 
 
-def test_t0_does_not_grow_with_the_number_of_negatives() -> None:
-    positives, _ = planted()
-    few, many = (thresholds(PLANTED, positives, noise(count, 8), 0.01)[0] for count in (4000, 100_000))
-    assert few == pytest.approx(many, abs=0.2)
-    assert few == pytest.approx(2.33, abs=0.2)
-    assert noise(100_000, 8).matmul(PLANTED).max() > many + 1
+def test_prompts_to_which_it_makes_no_difference_count_among_all_but_never_against() -> None:
+    scores = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0, 0.0, -1.0, -2.0, -3.0, -4.0])
+    every = torch.ones(10, dtype=torch.bool)
+    assert prompt_threshold(scores, {"all": (every, 0.1)}) == 4.0
+    assert prompt_threshold(scores.masked_fill(scores == 5, -math.inf), {"all": (every, 0.1)}) == 3.0
 
 
-def test_t1_is_the_30_percent_quantile_of_the_positives_where_they_lie_far_enough() -> None:
-    positives = noise(5000, 9) + 8 * PLANTED
-    _, t1 = thresholds(PLANTED, positives, noise(5000, 10), 0.01)
-    assert float((positives @ PLANTED < t1).double().mean()) == pytest.approx(0.3, abs=0.01)
+def test_a_ramp_is_a_tenth_of_the_way_to_the_median_of_harmful_prompts() -> None:
+    probe = Probe(torch.tensor([3.0, 4.0]), 1.0, None, 0.1, torch.zeros(0))
+    detector = probe.detector(2.0, torch.tensor([4.0, 12.0, 22.0]))
+    assert torch.allclose(detector.u, torch.tensor([0.6, 0.8]))
+    x = torch.tensor([[0.2, 0.1], [1.0, 0.25], [3.0, 4.0]])  # scores 2, 5, 26: nothing, all, all
+    assert (detector.t0, detector.t1) == (pytest.approx(0.2), pytest.approx(0.4))
+    assert opening(detector, x).tolist() == pytest.approx([0, 1, 1])
+    assert probe.detector(50.0, torch.tensor([4.0])).t1 > probe.detector(50.0, torch.tensor([4.0])).t0
 
 
-@pytest.mark.parametrize("shift", [3.0, 0.0, -3.0])
-def test_t1_lies_above_t0_however_badly_classes_separate(shift: float) -> None:
-    positives, negatives = noise(500, 11) + shift * PLANTED, noise(500, 12)
-    t0, t1 = thresholds(PLANTED, positives, negatives, 0.001)
-    distance = float((positives.mean(0) - negatives.mean(0)) @ PLANTED)
-    assert t1 - t0 >= max(0.1 * distance, 1e-3) * 0.999
-    assert math.isfinite(t0) and math.isfinite(t1)
+ENDS = 2 * unit_vector(WIDTH, 30)
+"""What last tokens have in common: the words with which every prompt ends."""
 
 
-@pytest.mark.parametrize("count", [1, 2, 5])
-def test_thresholds_of_very_few_negatives_are_among_them(count: int) -> None:
-    negatives = noise(count, 13)
-    t0, _ = thresholds(PLANTED, noise(5, 14), negatives, 0.5)
-    assert float((negatives @ PLANTED - t0).abs().min()) == 0
+def ending(rows: int, seed: int) -> Tensor:
+    return ENDS + 0.2 * noise(rows, seed)
 
 
-def places() -> dict[Place, Tensor]:
-    """Readings after a norm: clusters of unlike size per place, each with its own mean."""
-    sizes = {Place.TEXT: 1500, Place.IMAGE: 4000, Place.LAST: 150, Place.ANSWER: 800}
-    return {place: 0.2 * noise(size, 20 + place) + 2 * unit_vector(WIDTH, 30 + place) for place, size in sizes.items()}
+def test_what_stands_in_for_one_is_one_on_last_tokens() -> None:
+    k = fit_constant(ending(2000, 40))
+    unseen = ending(500, 41) @ k
+    assert float(unseen.mean()) == pytest.approx(1, abs=0.01) and float(unseen.std()) < 0.15
 
 
-def fitted(groups: dict[Place, Tensor]) -> tuple[Detector, Tensor]:
-    positives = 0.2 * noise(400, 40) + 2 * unit_vector(WIDTH, 30 + Place.LAST) + 2.5 * PLANTED
-    negatives = readings(groups)
-    u = fit_direction(positives, negatives.x)
-    t0, t1 = thresholds(u, positives, negatives.x, 1e-3)
-    return Detector(u, t0, t1, fit_unit(u, t0, t1, positives, negatives)), positives
+def test_a_bias_free_detector_opens_where_one_with_a_bias_does() -> None:
+    positives, negatives = ending(400, 42) + 0.8 * PLANTED, ending(2000, 43)
+    k = fit_constant(torch.cat([positives, negatives]))
+    detectors = []
+    for unit in (None, k):
+        probe = probe_of(positives, negatives, unit)
+        rows = torch.arange(2400) >= 400
+        detectors.append(probe.detector(prompt_threshold(probe.held_out, {"no": (rows, 0.01)}), probe.held_out[:400]))
+    new, other = ending(400, 44) + 0.8 * PLANTED, ending(4000, 45)
+    opens = [[float((opening(each, x) > 0.01).double().mean()) for x in (new, other)] for each in detectors]
+    assert opens[1][0] == pytest.approx(opens[0][0], abs=0.05) and opens[0][0] > 0.6
+    assert max(each[1] for each in opens) < 0.03
 
 
-def test_the_bias_free_gate_opens_on_positives_and_stays_shut_elsewhere() -> None:
-    groups = places()
-    detector, positives = fitted(groups)
-    assert detector.unit is not None
-    assert float((positives @ detector.unit).mean()) == pytest.approx(1, abs=0.2)
-    assert float(opening(detector, positives).mean()) > 0.7
-    assert max(firing(detector, readings(groups)).values()) < 0.02
-    unseen = {place: x + 0.02 * noise(len(x), 50) for place, x in groups.items()}
-    assert max(firing(detector, readings(unseen)).values()) < 0.02
-
-
-def test_every_place_weighs_the_same_in_the_unit_however_rare_it_is() -> None:
-    groups = places()
-    detector, _ = fitted(groups)
-    u, t0, t1 = detector.u, detector.t0, detector.t1
-    positives = 0.2 * noise(400, 40) + 2 * unit_vector(WIDTH, 30 + Place.LAST) + 2.5 * PLANTED
-    again = fit_unit(u, t0, t1, positives, readings({**groups, Place.IMAGE: groups[Place.IMAGE].repeat(5, 1)}))
-    assert detector.unit is not None
-    assert cosine(again, detector.unit) > 0.999
-
-
-def test_a_unit_needs_no_reading_of_every_place() -> None:
-    groups = places()
-    only, _ = fitted({Place.LAST: groups[Place.LAST], Place.ANSWER: groups[Place.ANSWER]})
-    assert only.unit is not None and bool(torch.isfinite(only.unit).all())
+def test_positions_that_every_fit_sees_stay_shut_without_biases() -> None:
+    elsewhere = 2 * unit_vector(WIDTH, 31) + 0.2 * noise(4000, 46) + PLANTED
+    positives, negatives = ending(400, 42) + 0.8 * PLANTED, ending(2000, 43)
+    x = torch.cat([positives, negatives, elsewhere])
+    harmful = torch.arange(len(x)) < 400
+    weight = torch.cat([torch.full((400,), 0.45 / 400), torch.full((2000,), 0.45 / 2000), torch.full((4000,), 0.1 / 4000)])
+    folds = torch.cat([torch.arange(2400) % FOLDS, torch.full((4000,), ALWAYS)])
+    k = fit_constant(x[:2400])
+    probe = fit_probe(x, harmful, weight, folds, k)
+    detector = probe.detector(prompt_threshold(probe.held_out, {"no": (~harmful, 0.01)}), probe.held_out[harmful])
+    assert firing(detector, readings({Place.TEXT: elsewhere}))["text"] < 0.02
+    assert float((opening(detector, positives) > 0.5).double().mean()) > 0.5
 
 
 def test_opening_is_the_ideal_ramp() -> None:

@@ -19,7 +19,12 @@ from guardfold.guard.base.errors import Refused
 from guardfold.guard.fitting import transcripts
 from guardfold.guard.fitting.calibration import BUILT_IN_BENIGN, Examples, Part, deal, load_benign
 from guardfold.guard.fitting.transcripts import Place
+from guardfold.guard.guard import Guard
+from guardfold.guard.hooks import attached
 from guardfold.guard.interventions import Candidate, Gate, SublayerProjection
+from guardfold.guard.model.greedy import most_likely
+from guardfold.guard.model.prefilled import Prefilled
+from guardfold.guard.model.roles import mlp_parts
 from guardfold.guard.model.vlm import DEMO, VLM, resolve
 from guardfold.guard.presets import presets
 from guardfold.guard.prompts import prompts
@@ -29,8 +34,9 @@ from guardfold.validators.behaviour.evaluation_prompts import load_probes
 from guardfold.validators.behaviour.judge import PhraseJudge
 from guardfold.validators.behaviour.selection import Bench, Figures, Trial, best, choose, sample_scores, scrutinise
 
-ORIGINAL = Figures(refusal=0.4, text_refusal=1.0, new_refusals=0.0, benign_kl=0.0, pictured_kl=0.0)
-GOOD = Figures(refusal=0.9, text_refusal=1.0, new_refusals=0.0, benign_kl=0.001, pictured_kl=0.001)
+NONE = {"new_refusals": 0.0, "near_refusals": 0.0, "twin_refusals": 0.0}
+ORIGINAL = Figures(refusal=0.4, text_refusal=1.0, **NONE, benign_kl=0.0, pictured_kl=0.0)
+GOOD = Figures(refusal=0.9, text_refusal=1.0, **NONE, benign_kl=0.001, pictured_kl=0.001)
 
 
 def trial(gain: float = 1.0, **figures: float) -> Trial:
@@ -40,8 +46,9 @@ def trial(gain: float = 1.0, **figures: float) -> Trial:
 LIMITS = [
     {"benign_kl": 0.0101},
     {"pictured_kl": 0.0101},
-    {"new_refusals": 0.0201},
-    {"text_refusal": 0.9799},
+    {"new_refusals": 0.0101},
+    {"near_refusals": 0.0501},
+    {"text_refusal": 0.9899},
 ]
 
 
@@ -53,40 +60,37 @@ def test_what_breaks_a_limit_is_never_chosen_however_much_it_refuses(over: dict[
 
 
 def test_the_limits_themselves_are_allowed() -> None:
-    edge = trial(refusal=1.0, benign_kl=0.01, pictured_kl=0.01, new_refusals=0.02, text_refusal=0.98)
+    edge = trial(refusal=1.0, benign_kl=0.01, pictured_kl=0.01, new_refusals=0.01, near_refusals=0.05, twin_refusals=1.0, text_refusal=0.99)
     assert best([edge, trial(refusal=0.5)], ORIGINAL) is edge
 
 
-def test_within_two_points_the_smaller_gain_is_preferred_beyond_them_more_refusals() -> None:
-    small, large = trial(0.5, refusal=0.90), trial(2.0, refusal=0.915)
-    assert best([large, small], ORIGINAL) is small
-    assert best([small, trial(2.0, refusal=0.93)], ORIGINAL) is not small
+def test_what_refuses_most_is_chosen_with_pictures_and_without() -> None:
+    better = trial(refusal=0.93, benign_kl=0.009)
+    assert best([trial(), better], ORIGINAL) is better
+    assert best([trial(text_refusal=0.99, refusal=0.91), better], ORIGINAL) is better
 
 
-def test_of_equal_gains_the_one_that_changes_least_is_preferred() -> None:
+def test_of_what_refuses_alike_the_one_that_changes_least_is_preferred() -> None:
     calm = trial(benign_kl=0.0005)
     assert best([trial(), calm, trial(pictured_kl=0.002, refusal=0.91)], ORIGINAL) is calm
 
 
 @given(
-    rows=st.lists(
-        st.tuples(*[st.floats(0, 1)] * 2, *[st.floats(0, 0.03)] * 3, st.sampled_from([0.5, 1.0, 2.0])), max_size=12
-    )
+    rows=st.lists(st.tuples(*[st.floats(0, 1)] * 2, *[st.floats(0, 0.08)] * 3, *[st.floats(0, 0.02)] * 2), max_size=12)
 )
 @settings(max_examples=60, deadline=None)
-def test_the_choice_is_allowed_and_nothing_allowed_refuses_much_more(rows: list[tuple[float, ...]]) -> None:
-    gate = make_gate()
-    trials = [Trial(Candidate((gate,), {"gain": row[5]}), Figures(*row[:5])) for row in rows]
+def test_the_choice_is_allowed_and_nothing_allowed_refuses_more(rows: list[tuple[float, ...]]) -> None:
+    trials = [Trial(Candidate((make_gate(),)), Figures(*row)) for row in rows]
     chosen = best(trials, replace(ORIGINAL, text_refusal=0.5))
     kept = [
-        t.figures.refusal
-        for t, (_, text, new, benign, pictured, _) in zip(trials, rows, strict=True)
-        if text >= 0.48 and new <= 0.02 and benign <= 0.01 and pictured <= 0.01
+        (refusal + text) / 2
+        for refusal, text, new, near, _, benign, pictured in rows
+        if text >= 0.49 and new <= 0.01 and near <= 0.05 and max(benign, pictured) <= 0.01
     ]
     assert (chosen is None) == (not kept)
     if chosen:
         assert chosen.figures.allowed
-        assert chosen.figures.refusal >= max(kept) - 0.02
+        assert (chosen.figures.refusal + chosen.figures.text_refusal) / 2 >= max(kept) - 0.01
 
 
 GATE, FULL = trial(refusal=0.9), trial(refusal=0.9)
@@ -209,7 +213,10 @@ def test_a_guard_that_does_nothing_has_the_originals_figures(bench: Bench) -> No
 
 def test_a_gate_that_is_always_open_is_seen_in_benign_answers(bench: Bench) -> None:
     gate = replace(make_gate(), t0=-90.0, t1=-80.0, column=20 * unit_vector(32, 5))
-    trials = bench.try_all([Candidate((gate,)), Candidate((SublayerProjection({2: random_basis(8, 32)}),))], "trying")
+    trials, rows = bench.try_all(
+        [Candidate((gate,)), Candidate((SublayerProjection({2: random_basis(8, 32)}),))], "trying"
+    )
+    assert len(rows) == 2
     assert all(t.figures.benign_kl > 0.01 and t.figures.pictured_kl > 0.01 for t in trials)
     assert not any(t.figures.allowed for t in trials)
     assert best(trials, bench.original) is None
@@ -225,8 +232,49 @@ def test_the_bench_asks_the_select_part_and_nothing_else(speaker: VLM, monkeypat
 
     for module in (select, transcripts):
         monkeypatch.setattr(module, "encode", noted)
-    Bench(speaker, PART, PhraseJudge()).figures(Candidate((make_gate(),)))
-    assert asked == {p.text for group in (PART.harmful, PART.harmless, PART.pictured) for p in group}
+    bench = Bench(speaker, PART, PhraseJudge())
+    bench.try_all([Candidate((make_gate(),))], "trying")
+    parts = (PART.harmful, PART.harmless, PART.benign, PART.pictured, PART.near)
+    assert asked == {p.text for group in parts for p in group}
+
+
+def test_first_decisions_are_those_of_whole_answers(bench: Bench) -> None:
+    """What is found again from kept prefixes, at one token a prompt, is what a whole pass finds."""
+    for height in (0.0, 40.0):
+        gate = replace(make_gate(), column=height * unit_vector(32, 5))
+        with attached(bench.vlm.model, Guard((gate,))):
+            for batch in bench.batches:
+                again = batch.prefilled.decide(bench.vlm.model)
+                assert batch.prefilled.cache is not None
+                whole = Prefilled(batch.prefilled.inputs, None).decide(bench.vlm.model)
+                made = most_likely(bench.vlm.model, batch.prefilled.inputs, 1)[:, -1]
+                assert whole.tolist() == made.tolist()
+                opened = opened_before_the_last(bench.vlm, batch, gate)
+                assert again[~opened].tolist() == whole[~opened].tolist()
+
+
+def opened_before_the_last(vlm: VLM, batch: Any, gate: Gate) -> Tensor:
+    """[batch]: whether the gate opens at a position before the last, which a kept prefix knows nothing of."""
+    seen: list[Tensor] = []
+    handle = mlp_parts(vlm.layers[gate.layer]).gate.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    Prefilled(batch.prefilled.inputs, None).decide(vlm.model)
+    handle.remove()
+    scores = (seen[0] @ gate.detector)[:, :-1]
+    return ((scores > gate.t0 - 0.05) & batch.prefilled.inputs["attention_mask"][:, :-1].bool()).any(1)
+
+
+def test_a_token_begins_refusals_where_most_answers_with_it_are_some() -> None:
+    assert select._refusing([1, 1, 1, 2, 2, 3], [True, True, False, False, True, False]) == {1, 2}
+
+
+def test_only_the_best_first_decisions_are_answered_in_full(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    answered: list[float] = []
+    monkeypatch.setattr(bench, "figures", lambda candidate: answered.append(candidate.settings["n"]) or GOOD)
+    decided = {n: select.Decisions(refusal=n / 10, text_refusal=0.0, **{**NONE, "new_refusals": 0.5 * (n == 9)}) for n in range(10)}
+    monkeypatch.setattr(bench, "decisions", lambda candidate: decided[candidate.settings["n"]])
+    trials, rows = bench.try_all([Candidate((make_gate(),), {"n": n}) for n in range(10)], "trying")
+    assert answered == [8, 7, 6] and len(trials) == 3
+    assert [row["n"] for row in rows] == list(range(10)) and rows[9]["new_refusals"] == 0.5
 
 
 def normal(text: str) -> str:
@@ -238,7 +286,7 @@ def test_no_probe_is_among_what_guards_are_made_and_chosen_of(demo: bool, tmp_pa
     folder = resolve(DEMO)[0] if demo else tmp_path
     anchors = load_anchors(folder / "anchors.jsonl" if demo else BUILT_IN_ANCHORS)
     parts = deal(anchors, load_benign(folder / "benign.jsonl" if demo else BUILT_IN_BENIGN))
-    groups = [group for p in parts.values() for group in (p.harmful, p.harmless, p.benign)]
+    groups = [group for p in parts.values() for group in (p.harmful, p.harmless, p.benign, p.near)]
     used = {normal(prompt.text) for group in groups for prompt in group}
     probes = load_probes(folder)
     assert not used & {normal(prompt.text) for prompt in (*probes.harmful, *probes.benign)}

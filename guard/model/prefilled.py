@@ -1,0 +1,63 @@
+"""Prompts run up to their last token and kept, so that what is decided there is found again at the cost of one token."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import BatchFeature, DynamicCache
+
+from .vlm import running
+
+PER_TOKEN = ("input_ids", "attention_mask")
+
+
+@dataclass
+class Prefilled:
+    """One batch of prompts: `inputs` as `encode` makes them, and the cache of all positions but the last.
+
+    cache: None where a model keeps its past in another way than as keys and values by position, or tells positions of
+    pictures apart; its prompts are then run whole every time.
+    """
+
+    inputs: BatchFeature
+    cache: DynamicCache | None
+
+    @classmethod
+    @torch.inference_mode()
+    def of(cls, model: Any, inputs: BatchFeature) -> Prefilled:
+        """Runs `inputs` up to their last token, with whatever hooks are on `model`."""
+        if hasattr(model.base_model, "get_rope_index") or set(inputs) - {*PER_TOKEN, "pixel_values"}:
+            return cls(inputs, None)
+        before = {name: each[:, :-1] if name in PER_TOKEN else each for name, each in inputs.items()}
+        with running(model):
+            cache = model.base_model(**before, position_ids=_positions(inputs)[:, :-1], use_cache=True).past_key_values
+        kept = type(cache) is DynamicCache and cache.get_seq_length() == before["input_ids"].shape[1]
+        return cls(inputs, cache if kept else None)
+
+    @torch.inference_mode()
+    def decide(self, model: Any, whole: bool = False) -> Tensor:
+        """Returns the most likely first token of each answer, [batch], with the hooks that are on `model` now.
+
+        whole: whether hooks act at other positions too, so that all of them have to be run again.
+        """
+        options: dict[str, Any] = dict(self.inputs)
+        if not hasattr(model.base_model, "get_rope_index"):
+            options["position_ids"] = _positions(self.inputs)
+        if self.cache is not None and not whole:
+            options = {
+                "input_ids": self.inputs["input_ids"][:, -1:],
+                "attention_mask": self.inputs["attention_mask"],
+                "position_ids": options["position_ids"][:, -1:],
+                "past_key_values": copy.deepcopy(self.cache),
+            }
+        with running(model):
+            logits: Tensor = model(**options, logits_to_keep=1).logits
+        return logits[:, -1].argmax(-1).cpu()
+
+
+def _positions(inputs: BatchFeature) -> Tensor:
+    return (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
