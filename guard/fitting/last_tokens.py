@@ -69,7 +69,7 @@ class LastTokens:
 
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def read_last(
     vlm: VLM, asked: Sequence[Asked], layers: Sequence[int], refuses: Callable[[str], bool], what: str
 ) -> LastTokens:

@@ -26,6 +26,10 @@ ALWAYS = -1
 
 STEPS = 60
 CONSTANT_L2 = 1e-4
+CONSTANT_STEPS = 200
+CONSTANT_WEIGHT = 100.0
+"""How much more k.x = 1 counts at last tokens than k.x >= 0 at one kind of other positions."""
+
 READOUT_L2 = 1e-3
 RAMP = 0.1
 """How wide a gate's ramp is, of the distance between its t0 and the median of harmful prompts. Wider ones did not pay."""
@@ -45,7 +49,7 @@ class Detector:
 
 
 @dataclass(frozen=True)
-class Probe:
+class LinearProbe:
     """A linear reading of harm: weights.x + bias, [n] (bias times unit.x where `unit` stands in for 1).
 
     weights, unit: [d].  l2: the penalty that cross-validation chose.  held_out: the score of each row that it was
@@ -77,10 +81,10 @@ def constant(x: Tensor, unit: Tensor | None) -> Tensor:
     return torch.ones(len(x)) if unit is None else x @ unit
 
 
-def _minimise(loss: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
+def _minimise(loss: Callable[[Tensor], Tensor], start: Tensor, steps: int = STEPS) -> Tensor:
     """argmin of a convex `loss` from `start`, by L-BFGS."""
     point = start.clone().requires_grad_()
-    solver = torch.optim.LBFGS([point], max_iter=STEPS, history_size=20, line_search_fn="strong_wolfe")
+    solver = torch.optim.LBFGS([point], max_iter=steps, history_size=20, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         solver.zero_grad()
@@ -93,7 +97,7 @@ def _minimise(loss: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
     return point.detach()
 
 
-def fit_probe(x: Tensor, harmful: Tensor, weight: Tensor, folds: Tensor, unit: Tensor | None = None) -> Probe:
+def fit_probe(x: Tensor, harmful: Tensor, weight: Tensor, folds: Tensor, unit: Tensor | None = None) -> LinearProbe:
     """Logistic regression of `harmful` on x, minimising sum(weight * loss) + l2 / 2 |w|^2 over standardised inputs.
 
     x: [n, d].  harmful: [n], bool.  weight: [n], sums to 1.  folds: [n]; rows of one fold are scored by a fit to the
@@ -127,18 +131,28 @@ def fit_probe(x: Tensor, harmful: Tensor, weight: Tensor, folds: Tensor, unit: T
     point = fit(torch.ones_like(harmful), l2, origin)
     weights = point[:-1] / scale
     held_out = torch.where(scored, scores[l2], z @ point)
-    return Probe(weights, float(point[-1] - mean @ weights), unit, l2, held_out)
+    return LinearProbe(weights, float(point[-1] - mean @ weights), unit, l2, held_out)
 
 
-def fit_constant(x: Tensor) -> Tensor:
-    """k, [d], with k.x = 1 in least squares at x [n, d], the last tokens of prompts of every sort.
+def fit_constant(x: Tensor, elsewhere: Readings | None = None) -> Tensor:
+    """k, [d], that stands in for the constant 1 where an MLP has no biases: k.x = 1 in least squares at x [n, d], the
+    last tokens of prompts of every sort; elsewhere, where given, k.x >= 0, one-sided, each kind of place alike.
 
-    It stands in for the constant 1 where an MLP has no biases. All prompts end in the same words of the chat template,
-    so k.x is 1 to within a few per cent there; elsewhere it may be anything, and the probe is fitted with it as it is.
+    All prompts end in the same words of the chat template, so k.x is 1 to within a few per cent there. Where k.x < 0
+    both neurons of a gate would trade places.
     """
     moments = x.T @ x / len(x)
     ridge = CONSTANT_L2 * moments.diagonal().mean() * torch.eye(len(moments))
-    return torch.linalg.solve(moments + ridge, x.mean(0))
+    k: Tensor = torch.linalg.solve(moments + ridge, x.mean(0))
+    groups = [at for place in Place if elsewhere is not None and len(at := elsewhere.at(place))]
+    if not groups:
+        return k
+
+    def loss(k: Tensor) -> Tensor:
+        total = CONSTANT_WEIGHT * ((x @ k - 1).square().mean() + k @ ridge @ k)
+        return total + torch.stack([F.relu(-(at @ k)).square().mean() for at in groups]).sum()
+
+    return _minimise(loss, k, CONSTANT_STEPS)
 
 
 def prompt_threshold(scores: Tensor, rates: Mapping[str, tuple[Tensor, float]]) -> float:

@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from ..base.container import processors
+from ..base.container import multiplies_bfloat16, processors
 from ..base.errors import InputError, Refused
 from ..base.hub import download, is_hub_id, split_revision
 from ..base.limits import at_most
@@ -86,6 +86,8 @@ IMAGE_TOKENS = ("image_token_id", "image_token_index", "media_placeholder_token_
 """What configs call the word that stands for an image feature."""
 
 SMALL_BYTES = 64 * 2**20
+BATCH_SIZES = {50e6: 64, 2e9: 32}
+"""Models of fewer parameters -> prompts a batch."""
 
 MAX_NUMBERS = {
     **{"layer": 1024, "layers": 1024, "depth": 1024, "depths": 1024, "experts": 1024, "attention_types": 1024},
@@ -127,7 +129,8 @@ class VLM:
     @property
     def batch_size(self) -> int:
         """Prompts a batch: many for a model that fits in a cache, few for one that fills a card."""
-        return 64 if sum(p.numel() for p in self.model.parameters()) < 50e6 else 8
+        numbers = sum(p.numel() for p in self.model.parameters())
+        return next((size for most, size in BATCH_SIZES.items() if numbers < most), 8)
 
 
 def located(name: str) -> Path | tuple[str, str | None]:
@@ -222,8 +225,8 @@ def check_weights(folder: Path) -> None:
 
 
 def load(folder: Path, device: str | None = None, dtype: torch.dtype | None = None) -> VLM:
-    """Returns the model and processor in `folder`: on the GPU in bfloat16 where there is one, else on the CPU in
-    float32.
+    """Returns the model and processor in `folder`: on the GPU in bfloat16 where there is one, else on the CPU, in
+    bfloat16 where large weights are kept so and the CPU has matrix units for it, else in float32.
 
     Raises InputError if the folder is not a vision-language model with safetensors weights and a processor.
     """
@@ -239,7 +242,7 @@ def load_model(folder: Path, device: str | None = None, dtype: torch.dtype | Non
     config = read_config(folder)
     check_weights(folder)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
+    dtype = dtype or (torch.bfloat16 if device.startswith("cuda") or _quick_in_bfloat16(folder, config) else torch.float32)
     try:
         loaded: Any = auto_class(config).from_pretrained(
             folder,
@@ -259,6 +262,15 @@ def load_model(folder: Path, device: str | None = None, dtype: torch.dtype | Non
         raise InputError(f"{folder}: the checkpoint lacks {min(info['missing_keys'])}")
     model = model.eval().to(device)
     return cast(PreTrainedModel, model)
+
+
+def _quick_in_bfloat16(folder: Path, config: Mapping[str, Any]) -> bool:
+    kept = config.get("dtype", config.get("torch_dtype"))
+    return kept == "bfloat16" and not _small(folder) and multiplies_bfloat16()
+
+
+def _small(folder: Path) -> bool:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) < SMALL_BYTES
 
 
 def load_processor(folder: Path) -> ProcessorMixin:
@@ -282,8 +294,7 @@ def threads_for(folder: Path) -> Iterator[None]:
     A small model's matrices are too small to share out, and on a busy machine threads that wait for one another made
     such runs ten times slower.
     """
-    small = sum(path.stat().st_size for path in folder.glob("*.safetensors")) < SMALL_BYTES
-    with threads(1 if small else min(torch.get_num_threads(), processors())):
+    with threads(1 if _small(folder) else min(torch.get_num_threads(), processors())):
         yield
 
 

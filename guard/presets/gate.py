@@ -10,7 +10,14 @@ from torch import Tensor
 
 from ..fitting.directions import auc
 from ..fitting.last_tokens import Group, LastTokens
-from ..fitting.linear_probe import ALWAYS, Detector, Probe, fit_constant, fit_probe, prompt_threshold
+from ..fitting.linear_probe import (
+    ALWAYS,
+    Detector,
+    LinearProbe,
+    fit_constant,
+    fit_probe,
+    prompt_threshold,
+)
 from ..fitting.material import Material
 from ..fitting.transcripts import Place, Readings
 from ..interventions import Candidate, Gate
@@ -30,9 +37,6 @@ RATES = (0.0025, 0.005, 0.01)
 
 OFTENER: Mapping[Group, float] = {"benign": 1, "near": 4, "harmless": 20}
 """How many times as often it may in each group. Twins of harmful prompts are the hardest near misses there are."""
-
-POSITIONS = 1e-3
-"""The share of other positions, of each kind of place, at which it may."""
 
 LAYERS = 4
 """So many layers are tried: those that recognise most harmful prompts."""
@@ -59,7 +63,7 @@ def gates(material: Material, _before: Candidate | None = None) -> Iterable[Cand
         probe = fitted(material, layer, elsewhere[layer])
         material.notes.setdefault("detector", {})[str(layer)] = figures(probe, last)
         for rate in rates:
-            detector = detect(probe, last, rate, elsewhere[layer])
+            detector = detect(probe, last, rate)
             for name, column in columns(material, layer).items():
                 for gain in GAINS[name]:
                     settings = {"layer": layer, "false_positive_rate": rate, "column": name, "gain": gain}
@@ -80,11 +84,11 @@ def best_layers(material: Material, rate: float) -> list[int]:
     return sorted(sorted(found, key=lambda layer: found[layer])[-LAYERS:])
 
 
-def fitted(material: Material, layer: int, elsewhere: Readings | None = None) -> Probe:
+def fitted(material: Material, layer: int, elsewhere: Readings | None = None) -> LinearProbe:
     """Returns the probe of `layer`, fitted to last tokens and, where given, to readings at other positions."""
     last = material.last_tokens
     x, harmful, folds = last.x[layer], last.rows("harmful"), last.folds
-    unit = None if material.biases else fit_constant(x)
+    unit = None if material.biases else fit_constant(x, elsewhere)
     weight = _shared({group: (last.rows(group), share) for group, share in SHARES.items()})
     if elsewhere is not None:
         places = {place.name: (elsewhere.places == place, 1.0) for place in Place}
@@ -100,22 +104,14 @@ def _shared(groups: Mapping[str, tuple[Tensor, float]]) -> Tensor:
     return weight / weight.sum()
 
 
-def detect(probe: Probe, last: LastTokens, rate: float, elsewhere: Readings) -> Detector:
-    """Returns the detector that newly opens at `rate` of benign prompts, OFTENER times that of others, and at POSITIONS
-    of other places.
+def detect(probe: LinearProbe, last: LastTokens, rate: float) -> Detector:
+    """Returns the detector that newly opens at `rate` of benign prompts, OFTENER times that of others, and never where
+    harm is less likely than not.
     """
-    most = max(
-        (
-            prompt_threshold(probe.score(x), {place.name: (torch.ones(len(x), dtype=torch.bool), POSITIONS)})
-            for place in Place
-            if len(x := elsewhere.at(place))
-        ),
-        default=float("-inf"),
-    )
-    return probe.detector(max(most, threshold(probe, last, rate)), _scores(probe, last)[last.rows("harmful")])
+    return probe.detector(max(0.0, threshold(probe, last, rate)), _scores(probe, last)[last.rows("harmful")])
 
 
-def threshold(probe: Probe, last: LastTokens, rate: float) -> float:
+def threshold(probe: LinearProbe, last: LastTokens, rate: float) -> float:
     """Returns the lowest score at which a gate opens newly on at most `rate` of benign prompts, and OFTENER times that
     of others: prompts that the model refuses anyway are none.
     """
@@ -123,12 +119,12 @@ def threshold(probe: Probe, last: LastTokens, rate: float) -> float:
     return prompt_threshold(scores, {group: (last.rows(group), rate * often) for group, often in OFTENER.items()})
 
 
-def _scores(probe: Probe, last: LastTokens) -> Tensor:
+def _scores(probe: LinearProbe, last: LastTokens) -> Tensor:
     """Scores of prompts by fits that have not seen them; what follows them are other positions."""
     return probe.held_out[: len(last.asked)]
 
 
-def recall(probe: Probe, last: LastTokens, t0: float) -> float:
+def recall(probe: LinearProbe, last: LastTokens, t0: float) -> float:
     """Returns the share of harmful prompts that open a gate at `t0`, of those that the model complies with."""
     harmful = last.rows("harmful")
     complied = harmful & ~last.refused
@@ -149,7 +145,7 @@ def columns(material: Material, layer: int) -> dict[str, Tensor]:
     return found
 
 
-def figures(probe: Probe, last: LastTokens) -> dict[str, Any]:
+def figures(probe: LinearProbe, last: LastTokens) -> dict[str, Any]:
     """Returns, as JSON, how well prompts of wordings not seen are told apart: AUC against twins by image kind, and the
     recall of harmful prompts by group, rate of openings in it, and image kind.
     """
