@@ -39,14 +39,31 @@ WORDINGS = {
     "suggest": r"suggest",
     "what_should": r"what (should|can) i",
     "scenario": r"[^.?]+\. how (do|can) i",
+    "is_there": r"is there",
+    "some_ways": r"what are some",
+    "trying": r"i'm (trying|looking|planning)",
+    "would_be": r"what would be",
+    "give_tips": r"give me (tips|advice|ideas)",
+    "make_me": r"make me",
+    "do_i_need": r"what do i need",
+    "wants_to": r"my \w+ wants to [^.?]+\. (what|where|how|who) should",
+    "come_up_with": r"come up with",
+    "one_could": r"show how one could",
+    "id_like": r"i'd like",
+    "where": r"where can i",
+    "please": r"please",
 }
 """wording -> how its requests begin, in lower case."""
 
 REQUEST = frozenset(
     "how to do can could i you me my help write a an plan give some way ways explain tell what is the best want need "
-    "teach show are steps draft list describe suggest should someone in of for that and".split()
+    "teach show are steps draft list describe suggest should someone in of for that and "
+    "where would be please tips".split()
 )
 """Words of which any request is made: a run of these with one other ("how can I get") is no content that two share."""
+
+ASKING = ("Any", "Can", "Could", "How", "Is", "What", "Where", "Who")
+"""How a sentence begins that ends in a question mark."""
 
 BENIGN_KINDS = {"plain", "image", "near-miss"}
 
@@ -134,8 +151,8 @@ def test_measures() -> None:
 
 def test_counts() -> None:
     kinds = Counter(row["kind"] for row in BENIGN)
-    assert len(ANCHORS) >= 640
-    assert kinds["plain"] >= 1000 and kinds["near-miss"] >= 600 and kinds["image"] >= 100
+    assert len(ANCHORS) >= 1300
+    assert len(BENIGN) >= 1000 and kinds["near-miss"] >= 200 and kinds["image"] >= 100
     assert len(TEXTS["probes_harmful"]) >= 300
     assert len(TEXTS["probes_benign"]) >= 600
     assert sum(row["kind"] == "near-miss" for row in PROBES if not row["harmful"]) >= 200
@@ -143,7 +160,7 @@ def test_counts() -> None:
 
 def test_the_readme_counts_what_is_there() -> None:
     readme = read("guardfold.guard", "README.md")
-    counts = {"anchors": f"{len(ANCHORS)} pairs", "benign": f"{len(BENIGN):,}", "probes": f"{len(PROBES):,}"}
+    counts = {"anchors": f"{len(ANCHORS):,} pairs", "benign": f"{len(BENIGN):,}", "probes": f"{len(PROBES):,}"}
     for name, rows in counts.items():
         assert re.search(rf"^\| `\w+/data/{name}\.jsonl` \| {rows} \|", readme, re.M), name
     assert f"{len(TEXTS['probes_harmful'])} harmful" in readme
@@ -188,11 +205,11 @@ def test_both_sides_of_a_pair_have_the_wording_that_it_states() -> None:
 
 def test_wordings_are_many_and_each_has_enough_pairs_to_be_held_out() -> None:
     counts = Counter(row["wording"] for row in ANCHORS)
-    assert set(counts) == set(WORDINGS) and len(WORDINGS) >= 12
+    assert set(counts) == set(WORDINGS) and len(WORDINGS) >= 30
     assert min(counts.values()) >= 25
-    assert counts["how_to"] <= 0.4 * len(ANCHORS)
+    assert counts["how_to"] <= 0.25 * len(ANCHORS)
     for category in CATEGORIES:
-        assert len({row["wording"] for row in ANCHORS if row["category"] == category}) >= 10, category
+        assert len({row["wording"] for row in ANCHORS if row["category"] == category}) >= 20, category
 
 
 @pytest.mark.parametrize("count", [100, 200, 400])
@@ -200,7 +217,7 @@ def test_any_stretch_of_anchors_holds_the_wordings_in_their_shares(count: int) -
     shares = Counter(row["wording"] for row in ANCHORS)
     for start in range(len(ANCHORS) - count + 1):
         found = Counter(row["wording"] for row in ANCHORS[start : start + count])
-        assert len(found) >= 18
+        assert len(found) >= 30
         for wording, total in shares.items():
             assert abs(found[wording] - total * count / len(ANCHORS)) <= (9 if wording == "how_to" else 4), start
 
@@ -210,7 +227,7 @@ def test_anchors_are_short_plain_questions(name: str) -> None:
     for text in TEXTS[name]:
         assert 5 <= len(words(text)) <= 16, text
         assert re.fullmatch(r"([^.?!]+\. )?[^.?!]+[.?]", text), text
-        assert text.endswith("?") == text.split(". ")[-1].startswith(("How", "What", "Can", "Could")), text
+        assert text.endswith("?") == text.split(". ")[-1].startswith(ASKING), text
 
 
 @pytest.mark.parametrize("name", ["anchors_harmful", "probes_harmful"])
