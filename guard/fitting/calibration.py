@@ -111,8 +111,10 @@ def _in_turn(kinds: Sequence[ImageKind], index: int) -> ImageKind:
     return kinds[index % len(kinds)]
 
 
-REWORDINGS = 2
-"""Other wordings in which each anchor pair is shown, and twice as many of each near miss: they are fewer."""
+PICTURED_EVERY = 2
+"""Of so many prompts one is read with a picture as well: a picture costs as much as three prompts, and what tells harm
+at the last token is much the same with and without.
+"""
 
 PICTURES = tuple(kind for kind in ANCHOR_KINDS if kind != TEXT)
 
@@ -128,23 +130,26 @@ def folds_of(wordings: Sequence[str]) -> list[int]:
 
 
 def asked_of(part: Part) -> list[Asked]:
-    """Returns every prompt of `part` without a picture and with one, its kind in turn; anchors and near misses in other
-    words as well, without. What says the same in other words is scored in one fold.
+    """Returns every prompt of `part` without a picture, and one in PICTURED_EVERY with one, the kind in turn; anchors
+    and near misses also in other words, without. What says the same in other words is scored in one fold.
     """
     asked: list[Asked] = []
+
+    def ask(texts: Sequence[Prompt], groups: Sequence[Group], index: int, fold: int) -> None:
+        shown = index % PICTURED_EVERY == 0
+        for kind in (TEXT, _in_turn(PICTURES, index // PICTURED_EVERY)) if shown else (TEXT,):
+            asked.extend(Asked(prompt, group, kind, fold) for prompt, group in zip(texts, groups, strict=True))
+        for words in reworded([prompt.text for prompt in texts], 1):
+            asked.extend(Asked(Prompt(text), group, TEXT, fold) for text, group in zip(words, groups, strict=True))
+
     for index, fold in enumerate(folds_of(part.wordings)):
-        pair = part.harmful[index], part.harmless[index]
-        for kind in (TEXT, _in_turn(PICTURES, index)):
-            asked += [Asked(prompt, side, kind, fold) for prompt, side in zip(pair, SIDES, strict=True)]
-        for texts in reworded([prompt.text for prompt in pair], REWORDINGS):
-            asked += [Asked(Prompt(text), side, TEXT, fold) for text, side in zip(texts, SIDES, strict=True)]
-    asked += [Asked(prompt, "benign", TEXT, index % FOLDS) for index, prompt in enumerate(part.benign)]
-    texts = {prompt.text: index for index, prompt in enumerate(part.benign)}
-    asked += [Asked(each, "benign", None, texts.get(each.text, n) % FOLDS) for n, each in enumerate(part.pictured)]
+        ask((part.harmful[index], part.harmless[index]), SIDES, index, fold)
     for index, prompt in enumerate(part.near):
-        fold = index % FOLDS
-        asked += [Asked(prompt, "near", kind, fold) for kind in (TEXT, _in_turn(BENIGN_KINDS, index))]
-        asked += [Asked(Prompt(text), "near", TEXT, fold) for (text,) in reworded([prompt.text], 2 * REWORDINGS)]
+        ask((prompt,), ("near",), index, index % FOLDS)
+    asked += [Asked(prompt, "benign", TEXT, index % FOLDS) for index, prompt in enumerate(part.benign)]
+    fold_of = {prompt.text: index % FOLDS for index, prompt in enumerate(part.benign)}
+    shown = part.pictured[::PICTURED_EVERY]
+    asked += [Asked(prompt, "benign", None, fold_of.get(prompt.text, n % FOLDS)) for n, prompt in enumerate(shown)]
     return asked
 
 

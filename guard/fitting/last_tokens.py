@@ -24,7 +24,7 @@ from ..prompts.prompts import Prompt, at_once, encode, illustrated
 Group = Literal["harmful", "harmless", "benign", "near"]
 """harmful and harmless: the two sides of anchor pairs.  benign: natural prompts.  near: near misses."""
 
-FIRST_WORDS = 8
+FIRST_WORDS = 6
 """Tokens of an answer that show whether it begins as a refusal."""
 
 

@@ -127,7 +127,7 @@ class Material:
 PAIRS = 128
 """Anchor pairs that directions are extracted from: a mean of so many does not move any more."""
 
-EXAMPLES = 4
+EXAMPLES = 2
 """Batches of prompts of each sort that are read position by position."""
 
 TRIED = 4

@@ -29,7 +29,7 @@ SHARES: Mapping[Group, float] = {"harmful": 0.5, "harmless": 0.1, "benign": 0.2,
 natural prompts unseen, and weighing them more costs more recall than it saves.
 """
 
-ELSEWHERE = 0.1
+ELSEWHERE = 0.3
 """What all positions that are no prompt's last weigh, each kind of place alike, of the whole."""
 
 RATES = (0.0025, 0.005, 0.01)
