@@ -33,6 +33,7 @@ from .options import (
     JudgeOption,
     Layers,
     LinkOption,
+    MinimumEffect,
     Model,
     OnnxDtypes,
     OnnxWeights,
@@ -117,6 +118,7 @@ def export(
     qa: QA = None,
     judge: JudgeOption = None,
     refusals: RefusalsFile = None,
+    minimum_effect: MinimumEffect = 0.5,
     skip_behaviour: SkipBehaviour = False,
     formats: FormatOption = "safetensors",
     settings: SettingOption = None,
@@ -151,6 +153,7 @@ def export(
     from .export.checkpoint.rounding import ROUNDINGS
     from .export.publish.hub import Target
     from .pipeline import export_guarded
+    from .validators.behaviour.verdict import Limits
 
     _begin(model)
     _check_choices(("rounding", rounding, ROUNDINGS), ("link", link, LINKS))
@@ -175,6 +178,7 @@ def export(
         qa=qa,
         judge=judge,
         refusals=refusals,
+        limits=Limits(minimum_effect=minimum_effect),
         skip_behaviour=skip_behaviour,
         allow_weaker=allow_weaker,
         strict=strict,
@@ -250,6 +254,7 @@ def check(
     qa: QA = None,
     judge: JudgeOption = None,
     refusals: RefusalsFile = None,
+    minimum_effect: MinimumEffect = 0.5,
     skip_behaviour: SkipBehaviour = False,
     family: FamilyFile = None,
     endpoint: Annotated[
@@ -288,6 +293,7 @@ def check(
     if folder is None or against is None:
         raise InputError("check: give a folder and --against MODEL, or --endpoint URL and --model NAME")
     from .pipeline import check_guarded
+    from .validators.behaviour.verdict import Limits
 
     _begin(against)
     evidence = check_guarded(
@@ -297,6 +303,7 @@ def check(
         qa=qa,
         judge=judge,
         refusals=refusals,
+        limits=Limits(minimum_effect=minimum_effect),
         skip_behaviour=skip_behaviour,
         family_file=family,
         adapter=adapter,

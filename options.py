@@ -103,6 +103,14 @@ RefusalsFile = Annotated[
         "also sorry, unless, evaded, turned, before. Phrases of twelve languages are built in.",
     ),
 ]
+MinimumEffect = Annotated[
+    float,
+    typer.Option(
+        "--minimum-effect",
+        help="By how much harmful compliance under pictures must be cut for the guard to be called safer, as a share of "
+        "the original's: 0.5 is half of it, with 95 % confidence.",
+    ),
+]
 FamilyFile = Annotated[
     Path | None,
     typer.Option(

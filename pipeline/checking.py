@@ -22,7 +22,7 @@ from ..validators.behaviour.evaluation_prompts import Asked, load_probes
 from ..validators.behaviour.judge import judge_for
 from ..validators.behaviour.measure import Behaviour, observe
 from ..validators.behaviour.recorded import recall
-from ..validators.behaviour.verdict import Verdict, judge_guard
+from ..validators.behaviour.verdict import LIMITS, Limits, Verdict, judge_guard
 from ..validators.evidence.evidence import NOT_MEASURED, Evidence
 from ..validators.runtimes.endpoint import Endpoint
 from .examining import Examiner
@@ -38,13 +38,14 @@ def check_guarded(
     qa: Path | None = None,
     judge: str | None = None,
     refusals: Path | None = None,
+    limits: Limits = LIMITS,
     skip_behaviour: bool = False,
     family_file: Path | None = None,
     adapter: str | None = None,
     trust_remote_code: bool = False,
 ) -> Evidence:
     """Returns the evidence about the guarded `folder`, weights or adapters, measured afresh against the model that it
-    was made from; with `adapter`, that is `against` after merging it.
+    was made from; with `adapter`, that is `against` after merging it.  limits: of the verdict.
 
     Raises InputError if either cannot be loaded or `folder` brings no guard file.
     """
@@ -56,7 +57,7 @@ def check_guarded(
         artefact = form.open(Job(model, held, folder, model.checkpoint, Path(aside)))
         asked = None if skip_behaviour else load_probes(model.folder, probes, qa, refusals)
         ruling = judge_for(asked.refusal, asked.phrases, judge) if asked else None
-        return Examiner(model, held, rounding, asked, ruling, model.folder).of(artefact)
+        return Examiner(model, held, rounding, asked, ruling, limits, model.folder).of(artefact)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from ..export.formats.onnx.graphs import WrittenGraphs
 from ..export.model import OpenModel
 from ..validators.behaviour.evaluation_prompts import Probes
 from ..validators.behaviour.judge import Judge
+from ..validators.behaviour.verdict import LIMITS, Limits
 from ..validators.evidence.evidence import Evidence, examine, examine_hooked, with_graphs
 from ..validators.evidence.runtime import check_graphs
 from .writing import Artefact
@@ -23,7 +24,7 @@ class Examiner:
     """What all artefacts of a run are examined with.
 
     model, held: what is guarded, and what is held of the guard.  rounding: how weights were rounded.  probes: None
-    where behaviour is not measured.  judge: None for phrases.  original: the folder whose model gets the hooks that
+    where behaviour is not measured.  judge: None for phrases.  limits: of the verdict.  original: the folder whose model gets the hooks that
     graphs are compared with; None where it is not at hand.
     """
 
@@ -32,11 +33,12 @@ class Examiner:
     rounding: Rounding
     probes: Probes | None = None
     judge: Judge | None = None
+    limits: Limits = LIMITS
     original: Path | None = None
 
     def of_hooks(self) -> Evidence:
         """Gathers the evidence about the model with the guard's hooks, which nothing holds yet."""
-        return examine_hooked(self.model.checkpoint, self.held.guard, self.probes, self.judge)
+        return examine_hooked(self.model.checkpoint, self.held.guard, self.probes, self.judge, self.limits)
 
     def of(self, opened: Any, evidence: Evidence | None = None) -> Evidence:
         """Gathers the evidence about what a format opened: weights, or what reads like them; or graphs, whose evidence
@@ -44,9 +46,8 @@ class Examiner:
         """
         model, held = self.model, self.held
         if not isinstance(opened, WrittenGraphs):
-            return examine(
-                model.checkpoint, opened, model.family, held.guard, held.fold, self.rounding, self.probes, self.judge
-            )
+            family, measured = model.family, (self.probes, self.judge, self.limits)
+            return examine(model.checkpoint, opened, family, held.guard, held.fold, self.rounding, *measured)
         assert evidence, "graphs come after what they are made of"
         folder, provider = opened.folder, opened.provider
         runtime = check_graphs(folder, opened.plan, opened.weights, self.original, held.guard, provider)

@@ -18,9 +18,10 @@ from ..guard.base.errors import InputError, Refused
 from ..guard.base.remote_code import trusting_if_asked
 from ..guard.guard import Guard
 from ..guard.model.vlm import resolve, threads_for
-from ..validators.behaviour.evaluation_prompts import Asked, load_probes
+from ..validators.behaviour.evaluation_prompts import Asked, Probes, load_probes
 from ..validators.behaviour.judge import judge_for
 from ..validators.behaviour.making import GuardOptions, given_guard, guard_of, kinds_of
+from ..validators.behaviour.verdict import LIMITS, Limits, check_enough
 from ..validators.evidence.evidence import Evidence
 from .converting import convert
 from .describing import describe
@@ -41,6 +42,7 @@ def export_guarded(
     qa: Path | None = None,
     judge: str | None = None,
     refusals: Path | None = None,
+    limits: Limits = LIMITS,
     skip_behaviour: bool = False,
     allow_weaker: bool = False,
     strict: bool = False,
@@ -59,7 +61,8 @@ def export_guarded(
     adapter that is merged into the model first; what is guarded, and measured against, is then the merged model.
 
     probes, qa: files that replace the model's own or the built-in ones. judge: a classifier that rules on answers,
-    in choosing the guard as well. refusals: a file of phrases of refusal, beside those built in. skip_behaviour:
+    in choosing the guard as well. refusals: a file of phrases of refusal, beside those built in. limits: what the
+    guard must do and may cost to be called safer. skip_behaviour:
     measure nothing but soundness and equality; the manifest says NOT VERIFIED. allow_weaker: publish whatever the
     verdict; the manifest and the card say NOT VERIFIED. strict: refuse a fold that is approximate by nature (under
     post-norms). overwrite: replace `output`, if guardfold wrote it. writing: threads, rounding, links. push_to:
@@ -77,7 +80,7 @@ def export_guarded(
     if (source.folder / MANIFEST).is_file() and any(form.derived for form in formats.chosen):
         made = convert(source, formats.chosen, output, options, overwrite)
     else:
-        terms = _Terms(probes, qa, judge, refusals, skip_behaviour, allow_weaker, strict, allow_partial)
+        terms = _Terms(probes, qa, judge, refusals, limits, skip_behaviour, allow_weaker, strict, allow_partial)
         made = _guard(source, output, options, formats, adapter, terms, overwrite)
     return replace(made, url=push(made.folder, push_to, allow_weaker=allow_weaker)) if push_to else made
 
@@ -90,6 +93,7 @@ class _Terms:
     qa: Path | None
     judge: str | None
     refusals: Path | None
+    limits: Limits
     skip_behaviour: bool
     allow_weaker: bool
     strict: bool
@@ -108,6 +112,17 @@ class _Terms:
         if self.strict and held.fold.approximate:
             raise Refused(f"--strict: {model.family.model_type}: {held.fold.approximate}; use --scope sublayers")
         return held
+
+    def prompts(self, folder: Path) -> Probes | None:
+        """Returns what behaviour is measured on, None where it is not. InputError if that is too little for any guard to
+        be called safer, and a weaker one is not asked for.
+        """
+        if self.skip_behaviour:
+            return None
+        probes = load_probes(folder, self.probes, self.qa, self.refusals)
+        if not self.allow_weaker:
+            check_enough(probes, self.limits)
+        return probes
 
     def refuse(self, evidence: Evidence) -> None:
         """Raises NotSafer for what is not equal to its hooks, or not safer where it must be."""
@@ -143,7 +158,7 @@ def _guard(
             threads_for(base.folder),
             TemporaryDirectory(dir=stage, prefix=".aside-") as aside,
         ):
-            probes = None if terms.skip_behaviour else load_probes(base.folder, terms.probes, terms.qa, terms.refusals)
+            probes = terms.prompts(base.folder)
             judge = judge_for(probes.refusal, probes.phrases, terms.judge) if probes else None
             if room := max(form.room(base.checkpoint) for form in order):
                 check_room(target.parent, room)
@@ -152,7 +167,7 @@ def _guard(
             held = terms.hold(order[0], base, guard)
             (stage / GUARD_FILE).parent.mkdir()
             held.guard.save(stage / GUARD_FILE)
-            examiner = Examiner(base, held, rounding, probes, judge, base.folder)
+            examiner = Examiner(base, held, rounding, probes, judge, terms.limits, base.folder)
             evidence = examiner.of_hooks() if held.traced else None
             places = [(form, stage if form in formats.chosen else Path(aside, form.name)) for form in order]
             artefacts = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -66,7 +66,6 @@ class LastTokens:
     @property
     def folds(self) -> Tensor:
         return torch.tensor([each.fold for each in self.asked])
-
 
 
 @torch.no_grad()

@@ -242,7 +242,9 @@ def load_model(folder: Path, device: str | None = None, dtype: torch.dtype | Non
     config = read_config(folder)
     check_weights(folder)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dtype or (torch.bfloat16 if device.startswith("cuda") or _quick_in_bfloat16(folder, config) else torch.float32)
+    dtype = dtype or (
+        torch.bfloat16 if device.startswith("cuda") or _quick_in_bfloat16(folder, config) else torch.float32
+    )
     try:
         loaded: Any = auto_class(config).from_pretrained(
             folder,

@@ -82,7 +82,9 @@ def main() -> None:
     total = sum(seconds.values())
     for stage, spent in seconds.items():
         print(f"{stage:32} {spent:8.1f} s  {spent / total:5.1%}")
-    print(f"{len(candidates)} gates over layers {sorted({each.settings['layer'] for each in candidates})}, gains {GAINS}")
+    print(
+        f"{len(candidates)} gates over layers {sorted({each.settings['layer'] for each in candidates})}, gains {GAINS}"
+    )
 
 
 if __name__ == "__main__":

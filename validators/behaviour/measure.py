@@ -107,9 +107,9 @@ def generate(
     return answers
 
 
-def respond(vlm: VLM, inputs: BatchFeature) -> list[str]:
-    """Returns greedy answers to one encoded batch, special tokens left out."""
-    new = most_likely(vlm.model, inputs, MAX_NEW_TOKENS)[:, inputs["input_ids"].shape[1] :]
+def respond(vlm: VLM, inputs: BatchFeature, most: int = MAX_NEW_TOKENS) -> list[str]:
+    """Returns greedy answers to one encoded batch, up to `most` tokens each, special ones left out."""
+    new = most_likely(vlm.model, inputs, most)[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in vlm.processor.batch_decode(new, skip_special_tokens=True)]
 
 

@@ -90,7 +90,9 @@ def check_enough(probes: Probes, limits: Limits = LIMITS) -> None:
         if count < needed(limit, error=limits.level) and (count or name not in optional)
     ]
     if few:
-        raise InputError(f"too few probes for a verdict: {'; '.join(few)}; give more with --probes, or --allow-weaker")
+        raise InputError(
+            f"too few probes for a verdict: {'; '.join(few)}; give more with --evaluation-prompts, or --allow-weaker"
+        )
 
 
 def judge_guard(

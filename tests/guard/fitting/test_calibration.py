@@ -107,7 +107,9 @@ def test_near_misses_are_kept_apart() -> None:
 def test_whole_wordings_share_a_fold_and_what_is_common_or_unsaid_is_dealt_out() -> None:
     wordings = ["how"] * 50 + [f"rare {n % 10}" for n in range(40)] + [""] * 10
     folds = folds_of(wordings)
-    assert all(len({fold for fold, each in zip(folds, wordings, strict=True) if each == f"rare {n}"}) == 1 for n in range(10))
+    assert all(
+        len({fold for fold, each in zip(folds, wordings, strict=True) if each == f"rare {n}"}) == 1 for n in range(10)
+    )
     assert len({fold for fold, each in zip(folds, wordings, strict=True) if each == "how"}) == FOLDS
     assert len(set(folds[90:])) == FOLDS
     assert set(folds) == set(range(FOLDS))

@@ -78,14 +78,18 @@ def test_scores_of_a_fold_are_by_a_fit_that_has_not_seen_it() -> None:
     folds = torch.arange(60) % FOLDS
     probe = fit_probe(x, harmful, torch.full((60,), 1 / 60), folds)
     seen = probe.score(x)
-    assert float((seen[harmful].mean() - seen[~harmful].mean())) > 0.5
+    assert float(seen[harmful].mean() - seen[~harmful].mean()) > 0.5
     changed = x.clone()
     changed[folds == 2] += 100 * noise(int((folds == 2).sum()), 7).repeat(1, 8)
-    far = fit_probe(torch.cat([x, x[:1]]), torch.cat([harmful, harmful[:1]]), torch.full((61,), 1 / 61),
-                    torch.cat([folds, torch.tensor([ALWAYS])]))
+    far = fit_probe(
+        torch.cat([x, x[:1]]),
+        torch.cat([harmful, harmful[:1]]),
+        torch.full((61,), 1 / 61),
+        torch.cat([folds, torch.tensor([ALWAYS])]),
+    )
     assert torch.allclose(far.held_out[-1], far.score(x[:1])[0], atol=1e-3)
-    lucky = float((probe.held_out[harmful].mean() - probe.held_out[~harmful].mean()))
-    assert lucky < 0.5 * float((seen[harmful].mean() - seen[~harmful].mean()))
+    lucky = float(probe.held_out[harmful].mean() - probe.held_out[~harmful].mean())
+    assert lucky < 0.5 * float(seen[harmful].mean() - seen[~harmful].mean())
 
 
 def test_classes_that_a_plane_separates_are_no_trouble() -> None:
@@ -165,7 +169,9 @@ def test_positions_that_every_fit_sees_stay_shut_without_biases() -> None:
     positives, negatives = ending(400, 42) + 0.8 * PLANTED, ending(2000, 43)
     x = torch.cat([positives, negatives, elsewhere])
     harmful = torch.arange(len(x)) < 400
-    weight = torch.cat([torch.full((400,), 0.45 / 400), torch.full((2000,), 0.45 / 2000), torch.full((4000,), 0.1 / 4000)])
+    weight = torch.cat(
+        [torch.full((400,), 0.45 / 400), torch.full((2000,), 0.45 / 2000), torch.full((4000,), 0.1 / 4000)]
+    )
     folds = torch.cat([torch.arange(2400) % FOLDS, torch.full((4000,), ALWAYS)])
     k = fit_constant(x[:2400])
     probe = fit_probe(x, harmful, weight, folds, k)

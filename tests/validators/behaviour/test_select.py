@@ -60,7 +60,15 @@ def test_what_breaks_a_limit_is_never_chosen_however_much_it_refuses(over: dict[
 
 
 def test_the_limits_themselves_are_allowed() -> None:
-    edge = trial(refusal=1.0, benign_kl=0.01, pictured_kl=0.01, new_refusals=0.01, near_refusals=0.05, twin_refusals=1.0, text_refusal=0.99)
+    edge = trial(
+        refusal=1.0,
+        benign_kl=0.01,
+        pictured_kl=0.01,
+        new_refusals=0.01,
+        near_refusals=0.05,
+        twin_refusals=1.0,
+        text_refusal=0.99,
+    )
     assert best([edge, trial(refusal=0.5)], ORIGINAL) is edge
 
 
@@ -270,7 +278,10 @@ def test_a_token_begins_refusals_where_most_answers_with_it_are_some() -> None:
 def test_only_the_best_first_decisions_are_answered_in_full(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     answered: list[float] = []
     monkeypatch.setattr(bench, "figures", lambda candidate: answered.append(candidate.settings["n"]) or GOOD)
-    decided = {n: select.Decisions(refusal=n / 10, text_refusal=0.0, **{**NONE, "new_refusals": 0.5 * (n == 9)}) for n in range(10)}
+    decided = {
+        n: select.Decisions(refusal=n / 10, text_refusal=0.0, **{**NONE, "new_refusals": 0.5 * (n == 9)})
+        for n in range(10)
+    }
     monkeypatch.setattr(bench, "decisions", lambda candidate: decided[candidate.settings["n"]])
     trials, rows = bench.try_all([Candidate((make_gate(),), {"n": n}) for n in range(10)], "trying")
     assert answered == [8, 7, 6] and len(trials) == 3
