@@ -43,7 +43,7 @@ Rate = Annotated[
         "--false-positive-rate",
         min=1e-6,
         max=0.5,
-        help="Share of harmless positions at which the gate may begin to open: more protects more and costs more. "
+        help="Share of benign prompts on which the gate may newly open: more protects more and costs more. "
         "Default: chosen on validation.",
     ),
 ]
@@ -107,8 +107,8 @@ MinimumEffect = Annotated[
     float,
     typer.Option(
         "--minimum-effect",
-        help="By how much harmful compliance under pictures must be cut for the guard to be called safer, as a share of "
-        "the original's: 0.5 is half of it, with 95 % confidence.",
+        help="By how much harmful compliance under pictures must be cut for the guard to be called safer, as a share "
+        "of the original's: 0.5 is half of it, with 95 % confidence.",
     ),
 ]
 FamilyFile = Annotated[

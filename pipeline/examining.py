@@ -24,8 +24,8 @@ class Examiner:
     """What all artefacts of a run are examined with.
 
     model, held: what is guarded, and what is held of the guard.  rounding: how weights were rounded.  probes: None
-    where behaviour is not measured.  judge: None for phrases.  limits: of the verdict.  original: the folder whose model gets the hooks that
-    graphs are compared with; None where it is not at hand.
+    where behaviour is not measured.  judge: None for phrases.  limits: of the verdict.  original: the folder whose
+    model gets the hooks that graphs are compared with; None where it is not at hand.
     """
 
     model: OpenModel

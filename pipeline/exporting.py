@@ -114,8 +114,8 @@ class _Terms:
         return held
 
     def prompts(self, folder: Path) -> Probes | None:
-        """Returns what behaviour is measured on, None where it is not. InputError if that is too little for any guard to
-        be called safer, and a weaker one is not asked for.
+        """Returns what behaviour is measured on, None where it is not. InputError if that is too little for any guard
+        to be called safer, and a weaker one is not asked for.
         """
         if self.skip_behaviour:
             return None

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..base.errors import InputError
 from .transcripts import Place, Readings
 
-L2S = (0.003, 0.03, 0.1, 0.3)
+L2S = (0.001, 0.003, 0.01, 0.03)
 """Penalties on the mean loss that cross-validation chooses among."""
 
 FOLDS = 5
@@ -30,8 +30,11 @@ CONSTANT_WEIGHT = 10.0
 """How much more k.x = 1 counts at last tokens than k.x = 0 at one kind of other positions."""
 
 READOUT_L2 = 1e-3
+OPENED = 0.01
+"""How far a gate must be open to count as opened, of 1."""
+
 RAMP = 0.1
-"""How wide a gate's ramp is, of the distance between its t0 and the median of harmful prompts. Wider ones did not pay."""
+"""How wide a gate's ramp is, of the distance from its t0 to the median of harmful prompts. Wider ones did not pay."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +195,7 @@ def opening(detector: Detector, x: Tensor) -> Tensor:
 def firing(detector: Detector, readings: Readings) -> dict[str, float]:
     """Place -> share of its positions at which the gate opens at all (more than 1 %)."""
     return {
-        place.name.lower(): float((opening(detector, x).abs() > 0.01).double().mean())
+        place.name.lower(): float((opening(detector, x).abs() > OPENED).double().mean())
         for place in Place
         if len(x := readings.at(place))
     }

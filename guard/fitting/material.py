@@ -24,9 +24,9 @@ from .transcripts import Usage
 class Settings:
     """What the user asked of a guard; None lets validation choose.
 
-    scope, rank, strength: of a projection.  layers: where it acts.  rate: share of benign prompts at which a gate may newly
-    open.  recycle: whether neurons take the place of the least used ones (else the MLP is widened).  beta: steepness of a
-    gate's corners.
+    scope, rank, strength: of a projection.  layers: where it acts.  rate: share of benign prompts at which a gate may
+    newly open.  recycle: whether neurons take the place of the least used ones (else the MLP is widened).  beta:
+    steepness of a gate's corners.
     """
 
     scope: str = "sublayers"
@@ -43,8 +43,8 @@ class Material:
     """What guards of one model are made of. Everything is measured when it is first asked for, and kept.
 
     depth: how many decoder layers the model has.  dense: those with a dense MLP or a shared expert.  gains_biases:
-    whether a widened MLP can be given biases.  refuses: whether an answer begins as a refusal.  notes: what was found on
-    the way, for provenance, as JSON.
+    whether a widened MLP can be given biases.  refuses: whether an answer begins as a refusal.  notes: what was found
+    on the way, for provenance, as JSON.
     """
 
     vlm: VLM

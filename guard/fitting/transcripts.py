@@ -148,6 +148,12 @@ class Readings:
         kept = self.places != place
         return Readings(self.x[kept], self.places[kept])
 
+    def head(self, count: int) -> Readings:
+        """Returns up to `count` readings at each kind of place, drawn at random but always the same ones."""
+        order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(0))
+        kept = torch.cat([order[self.places[order] == place][:count] for place in Place])
+        return Readings(self.x[kept], self.places[kept])
+
     @classmethod
     def join(cls, parts: Sequence[Readings]) -> Readings:
         """Returns all of them, one after another."""

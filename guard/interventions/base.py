@@ -16,6 +16,7 @@ from ..base.errors import InputError
 from ..fitting.calibration import Examples
 from ..fitting.directions import auc
 from ..fitting.material import Material
+from ..fitting.transcripts import Place
 from ..model.roles import MLPParts, output_tensor, with_output_tensor
 from ..model.vlm import VLM
 from ..weight_edits import FormOf, LeakSite, WeightEdit
@@ -43,6 +44,23 @@ class Reading:
     layer: int
     weights: Tensor
     neurons: bool = False
+
+
+HARMLESS, ELSEWHERE = "harmless prompts", "everything else"
+"""What is read at the last tokens of harmless prompts, and at all other positions."""
+
+
+def scores(reading: Reading, examples: Examples) -> dict[str, Tensor]:
+    """Returns what is read of examples, [n] each: at the last tokens of harmful prompts by image kind, of harmless ones
+    and everywhere else.
+    """
+    other = examples.other
+    groups = {
+        **{f"harmful, {kind}": x for kind, x in examples.harmful.items()},
+        HARMLESS: other.at(Place.LAST),
+        ELSEWHERE: other.but(Place.LAST).x,
+    }
+    return {name: x @ reading.weights for name, x in groups.items()}
 
 
 class Intervention(ABC):
@@ -122,12 +140,11 @@ class Intervention(ABC):
         """
         reading = self.opens_on
         assert reading is not None, "asked of what opens on nothing"
-        elsewhere = examples.other.x @ reading.weights
-        scores: dict[str, Tensor] = {kind: x @ reading.weights for kind, x in examples.harmful.items()}
-        spread = {**scores, "everything else": elsewhere}
+        groups = scores(reading, examples)
+        harmless = groups[HARMLESS]
         return {
-            "auc": {kind: auc(score, elsewhere) for kind, score in scores.items()},
-            "opens": {name: [float(score.mean()), float(score.std())] for name, score in spread.items()},
+            "auc": {kind: auc(groups[f"harmful, {kind}"], harmless) for kind in examples.harmful},
+            "opens": {name: [float(score.mean()), float(score.std())] for name, score in groups.items()},
         }
 
     @classmethod

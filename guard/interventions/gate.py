@@ -18,11 +18,12 @@ from transformers import PreTrainedModel
 from ..base.errors import InputError
 from ..fitting.calibration import Examples
 from ..fitting.directions import auc
-from ..fitting.linear_probe import Detector, firing
+from ..fitting.linear_probe import OPENED, Detector, firing, opening
+from ..fitting.transcripts import Place
 from ..model.roles import decoder_layers, mlp_parts
 from ..model.vlm import VLM
 from ..weight_edits import FormOf, ReplaceNeurons
-from .base import Intervention, MLPWrite, Reading, TextStates, check_vector, widened
+from .base import HARMLESS, Intervention, MLPWrite, Reading, TextStates, check_vector, widened
 
 NEURONS = 2
 """What a gate takes: one neuron that opens the ramp at t0 and one that ends it at t1."""
@@ -147,20 +148,22 @@ class Gate(Intervention):
         return [ReplaceNeurons(self.layer, self.recycled, *rows, down)]
 
     def held_out(self, vlm: VLM, examples: Examples) -> dict[str, Any]:
-        """AUC and share opened per image kind, where it fires besides, and how far its ramp is from the ideal clip for
-        several beta (largest difference, of a height of 1).
+        """AUC against harmless prompts (last tokens alone: any detector of last tokens tells them from other
+        positions) and share opened per image kind, where it fires besides, and how far its ramp is from the ideal clip
+        for several beta (largest difference, of a height of 1).
         """
         everything = torch.cat([examples.positives, examples.other.x])
-        scores = {kind: x @ self.detector for kind, x in examples.harmful.items()}
-        negatives = examples.other.x @ self.detector
+        harmless = examples.other.at(Place.LAST)
+        detector = Detector(self.detector, self.t0, self.t1, self.unit)
+        prompts = {**examples.harmful, HARMLESS: harmless}
         parts = mlp_parts(vlm.layers[self.layer])
         ideal = ramp(everything, replace(self, beta=math.inf), parts.act, parts.gated)
         betas = sorted({64.0, 256.0, 1024.0, self.beta})
         ramps = {beta: ramp(everything, replace(self, beta=beta), parts.act, parts.gated) for beta in betas}
         return {
-            "auc": {kind: auc(score, negatives) for kind, score in scores.items()},
-            "opens": {kind: float((score > self.t0).double().mean()) for kind, score in scores.items()},
-            "fires_elsewhere": firing(Detector(self.detector, self.t0, self.t1, self.unit), examples.other),
+            "auc": {kind: auc(x @ self.detector, harmless @ self.detector) for kind, x in examples.harmful.items()},
+            "opens": {kind: float((opening(detector, x) > OPENED).double().mean()) for kind, x in prompts.items()},
+            "fires_elsewhere": firing(detector, examples.other.but(Place.LAST)),
             "distance_to_clip": {f"{beta:g}": float((each - ideal).abs().max()) for beta, each in ramps.items()},
         }
 

@@ -1,4 +1,4 @@
-"""Prompts run up to their last token and kept, so that what is decided there is found again at the cost of one token."""
+"""Prompts run up to their last token and kept, so that what is decided there is found at the cost of one token."""
 
 from __future__ import annotations
 

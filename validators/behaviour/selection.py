@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from ...guard.base.errors import Refused
 from ...guard.base.progress import batched, track
@@ -21,6 +20,7 @@ from ...guard.fitting.transcripts import answer
 from ...guard.guard import Guard
 from ...guard.hooks import attached
 from ...guard.interventions import Candidate, Intervention, Reading
+from ...guard.interventions.base import scores
 from ...guard.model.prefilled import Prefilled
 from ...guard.model.vlm import VLM
 from ...guard.presets import Preset
@@ -283,7 +283,8 @@ def choose(preset: Preset, chosen_in: Mapping[str, Trial | None]) -> tuple[Trial
 def scrutinise(vlm: VLM, intervention: Intervention, held_out: Examples) -> dict[str, Any]:
     """Returns what opens `intervention`, on examples that it was neither fitted to nor chosen on.
 
-    Raises Refused if the AUC under pictures is below MIN_AUC: no better than a coin, it guards nothing.
+    Raises Refused if the AUC against harmless prompts, matched twins among them, is below MIN_AUC under any picture:
+    near a coin's, it guards nothing. (Against all positions every detector of last tokens would pass.)
     """
     figures = intervention.held_out(vlm, held_out)
     low = min((score, kind) for kind, score in figures["auc"].items() if kind != TEXT)
@@ -296,13 +297,9 @@ def scrutinise(vlm: VLM, intervention: Intervention, held_out: Examples) -> dict
 
 
 def sample_scores(reading: Reading, held_out: Examples, count: int = 200) -> dict[str, list[float]]:
-    """Returns what is read, to draw: of harmful prompts per image kind, and of everything else, up to `count` each."""
-    groups: dict[str, Tensor] = {f"harmful, {kind}": x for kind, x in held_out.harmful.items()}
-    groups["everything else"] = held_out.other.x
+    """Returns what is read, to draw: of up to `count` positions of each group."""
     draw = torch.Generator().manual_seed(0)
     return {
-        name: [
-            round(float(score), 4) for score in (x[torch.randperm(len(x), generator=draw)[:count]] @ reading.weights)
-        ]
-        for name, x in groups.items()
+        name: [round(float(score), 4) for score in read[torch.randperm(len(read), generator=draw)[:count]]]
+        for name, read in scores(reading, held_out).items()
     }

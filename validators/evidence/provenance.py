@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from ..report.markup import row, section, section_if_sound
-from ..report.plots import edits_per_layer
+from ..report.plots import edits_per_layer, trade_off
 from .piece import Piece, View
 
 
@@ -16,7 +16,12 @@ def _sections(view: View) -> Iterator[str]:
     if any(view.edits.values()):
         yield section("Edited tensors per layer", edits_per_layer(view.edits))
     if selection := view.guard.get("selection"):
-        yield from section_if_sound("How the guard was chosen", partial(_selection, selection))
+        drawn = [partial(_trade_off, selection)] if selection.get("trade_off") else []
+        yield from section_if_sound("How the guard was chosen", *drawn, partial(_selection, selection))
+
+
+def _trade_off(selection: Mapping[str, Any]) -> str:
+    return trade_off(selection["trade_off"], selection["candidates"], selection["chosen"])
 
 
 def _selection(selection: Mapping[str, Any]) -> str:

@@ -100,7 +100,7 @@ def detector_histogram(scores: Mapping[str, Sequence[float]], thresholds: Mappin
         harmful = [name for name in scores if name.startswith("harmful")]
         for name, values in scores.items():
             shade = 1.0 - 0.6 * (harmful.index(name) / max(1, len(harmful))) if name in harmful else 1.0
-            colour = RED if name in harmful else GREEN
+            colour = RED if name in harmful else GREEN if name.startswith("harmless") else GREY
             axes.hist(values, edges, histtype="stepfilled", alpha=0.28 * shade, color=colour)
             axes.hist(values, edges, histtype="step", color=colour, alpha=shade, label=name)
         if thresholds:
@@ -111,6 +111,33 @@ def detector_histogram(scores: Mapping[str, Sequence[float]], thresholds: Mappin
         axes.set_xlabel("detector score u.x")
         axes.set_ylabel("held-out positions")
         axes.legend(frameon=False, fontsize=8, loc="upper center", ncols=3, bbox_to_anchor=(0.5, -0.2))
+        return _svg(figure)
+
+
+def trade_off(
+    tried: Sequence[Mapping[str, Any]], confirmed: Sequence[Mapping[str, Any]], taken: Mapping[str, Any]
+) -> str:
+    """Draws what candidates do with harmful prompts against what they cost: each by its first decisions, those that
+    answered in full on top, and the one that was taken.
+
+    All have refusal, text_refusal, new_refusals and near_refusals, in [0, 1].
+    """
+    styles = (
+        (tried, {"color": GREY, "s": 14, "alpha": 0.6, "label": "first decisions"}),
+        (confirmed, {"color": BLUE, "s": 26, "label": "whole answers"}),
+        ([taken], {"facecolors": "none", "edgecolors": RED, "s": 90, "linewidths": 1.5, "label": "taken"}),
+    )
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 2.9))
+        for axes, cost, title in zip(
+            figure.subplots(1, 2, sharey=True), ("new_refusals", "near_refusals"), ("benign", "near-miss"), strict=True
+        ):
+            for rows, style in styles:
+                refused = [50 * (row["refusal"] + row["text_refusal"]) for row in rows]
+                axes.scatter([100 * row[cost] for row in rows], refused, **style)
+            axes.set_xlabel(f"{title} prompts newly refused, %")
+        figure.axes[0].set_ylabel("harmful prompts refused, %")
+        figure.axes[0].legend(frameon=False, fontsize=8, ncols=3, loc="upper left", bbox_to_anchor=(0, 1.16))
         return _svg(figure)
 
 
