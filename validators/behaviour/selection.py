@@ -6,9 +6,10 @@ The evaluation's probes are not among what is seen here.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -120,9 +121,9 @@ class Bench:
             name: Divergence(vlm, answer(vlm, prompts[:KL_PROMPTS], f"original: {name} prompts"), "encoding")
             for name, prompts in kept.items()
         }
-        first = torch.cat([batch.prefilled.decide(vlm.model) for batch in self.batches])
+        self.first = [batch.prefilled.decide(vlm.model).tolist() for batch in self.batches]
         self.refused = self._refused()
-        self.refusing = _refusing(first.tolist(), [each for group in self.refused for each in group])
+        self.refusing = _refusing(chain(*self.first), chain(*self.refused))
         self.original = self.figures(None)
 
     def _batches(self, group: Group, prompts: Sequence[Prompt]) -> Iterator[Batch]:
@@ -156,8 +157,8 @@ class Bench:
     def decisions(self, candidate: Candidate) -> Decisions:
         """Returns what the model decides first with the candidate's hooks attached.
 
-        What a gate does at other positions than the last is left to `figures`. What acts at all positions has to be run
-        whole, and so only on the first batch of each group.
+        An answer that begins as before counts as before. What a gate does at other positions than the last is left to
+        `figures`. What acts at all positions has to be run whole, and so only on the first batch of each group.
         """
         whole = not all(each.opens_on for each in candidate.interventions)
         firsts = {batch.group: place for place, batch in reversed(list(enumerate(self.batches)))}
@@ -165,7 +166,15 @@ class Bench:
         with attached(self.vlm.model, Guard(candidate.interventions)):
             first = {place: self.batches[place].prefilled.decide(self.vlm.model, whole).tolist() for place in places}
         return Decisions(
-            **self._rates({place: [token in self.refusing for token in tokens] for place, tokens in first.items()})
+            **self._rates(
+                {
+                    place: [
+                        refused if now == before else now in self.refusing
+                        for now, before, refused in zip(tokens, self.first[place], self.refused[place], strict=True)
+                    ]
+                    for place, tokens in first.items()
+                }
+            )
         )
 
     @torch.inference_mode()
@@ -214,7 +223,7 @@ def _groups(part: Part) -> Iterator[tuple[Group, list[Prompt]]]:
     yield "twins", list(part.harmless[:BENIGN_TRIED])
 
 
-def _refusing(first: Sequence[int], refused: Sequence[bool]) -> frozenset[int]:
+def _refusing(first: Iterable[int], refused: Iterable[bool]) -> frozenset[int]:
     """Returns the tokens with which refusals begin: at least half of the original's answers that begin so are some."""
     counts: dict[int, list[bool]] = defaultdict(list)
     for token, is_refusal in zip(first, refused, strict=True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from guardfold.guard.fitting.calibration import (
     BUILT_IN_BENIGN,
     MIN_ANCHORS,
     MIN_BENIGN,
+    PICTURED_EVERY,
     ROLES,
     Part,
     asked_of,
@@ -96,7 +99,6 @@ def test_pictures_that_prompts_bring_are_kept() -> None:
     assert {p.text for p in brought} == {f"shown {i}" for i in range(20)}
 
 
-@pytest.mark.parametrize(("pairs", "prompts"), [(MIN_ANCHORS - 1, 400), (400, MIN_BENIGN - 1), (0, 0)])
 def test_near_misses_are_kept_apart() -> None:
     near = [Prompt(f"near {i}", near=True) for i in range(20)]
     parts = deal(anchors(50), [*benign(60), *near])
@@ -126,14 +128,17 @@ def test_everything_is_asked_with_and_without_a_picture_and_what_says_the_same_i
     asked = asked_of(part)
     for prompts, group in ((part.harmful, "harmful"), (part.harmless, "harmless"), (part.near, "near")):
         for prompt in prompts:
-            rows = [each for each in asked if each.group == group and each.prompt.text.endswith(prompt.text[-8:])]
-            assert len({each.fold for each in rows}) == 1
-            same = [each for each in rows if each.prompt.text == prompt.text]
-            assert sorted(each.pictured for each in same) == [False, True]
-            assert len(rows) > len(same) and not any(each.pictured for each in rows if each not in same)
-    assert {each.prompt.text for each in asked if each.group == "benign"} == {
-        p.text for p in (*part.benign, *part.pictured)
-    }
+            deed = re.compile(rf"{prompt.text.split(maxsplit=3)[-1][:-1]}\b")
+            rows = [row for row in asked if row.group == group and deed.search(row.prompt.text)]
+            assert len({row.fold for row in rows}) == 1
+            same = [row for row in rows if row.prompt.text == prompt.text]
+            assert sorted(row.pictured for row in same) in ([False], [False, True])
+            assert len(rows) > len(same) and not any(row.pictured for row in rows if row not in same)
+        shown = [row for row in asked if row.group == group and row.pictured]
+        assert len(shown) == math.ceil(len(prompts) / PICTURED_EVERY)
+    plain = [row for row in asked if row.group == "benign"]
+    assert {row.prompt.text for row in plain if not row.pictured} == {prompt.text for prompt in part.benign}
+    assert len([row for row in plain if row.pictured]) == math.ceil(len(part.pictured) / PICTURED_EVERY)
     assert all(each.fold in range(FOLDS) for each in asked)
 
 
@@ -151,6 +156,7 @@ def test_last_tokens_are_read_as_every_position_is(speaker: VLM) -> None:
     assert not last.rows("near").any()
 
 
+@pytest.mark.parametrize(("pairs", "prompts"), [(MIN_ANCHORS - 1, 400), (400, MIN_BENIGN - 1), (0, 0)])
 def test_too_few_of_either_are_refused(pairs: int, prompts: int) -> None:
     with pytest.raises(InputError, match=f"{pairs} anchor pairs and {prompts} benign prompts are too few") as error:
         deal(anchors(pairs), benign(prompts))

@@ -17,7 +17,7 @@ from guardfold.guard.fitting.linear_probe import (
     FOLDS,
     L2S,
     Detector,
-    Probe,
+    LinearProbe,
     firing,
     fit_constant,
     fit_probe,
@@ -44,7 +44,7 @@ def planted(positives: int = 800, negatives: int = 4000) -> tuple[Tensor, Tensor
     return noise(positives, 2) + 3 * PLANTED, noise(negatives, 3)
 
 
-def probe_of(positives: Tensor, negatives: Tensor, unit: Tensor | None = None) -> Probe:
+def probe_of(positives: Tensor, negatives: Tensor, unit: Tensor | None = None) -> LinearProbe:
     """A probe with both classes of equal weight, and every fifth row in a fold."""
     x = torch.cat([positives, negatives])
     harmful = torch.arange(len(x)) < len(positives)
@@ -127,12 +127,12 @@ def test_prompts_to_which_it_makes_no_difference_count_among_all_but_never_again
 
 
 def test_a_ramp_is_a_tenth_of_the_way_to_the_median_of_harmful_prompts() -> None:
-    probe = Probe(torch.tensor([3.0, 4.0]), 1.0, None, 0.1, torch.zeros(0))
+    probe = LinearProbe(torch.tensor([3.0, 4.0]), 1.0, None, 0.1, torch.zeros(0))
     detector = probe.detector(2.0, torch.tensor([4.0, 12.0, 22.0]))
     assert torch.allclose(detector.u, torch.tensor([0.6, 0.8]))
     x = torch.tensor([[0.2, 0.1], [1.0, 0.25], [3.0, 4.0]])  # scores 2, 5, 26: nothing, all, all
     assert (detector.t0, detector.t1) == (pytest.approx(0.2), pytest.approx(0.4))
-    assert opening(detector, x).tolist() == pytest.approx([0, 1, 1])
+    assert opening(detector, x).tolist() == pytest.approx([0, 1, 1], abs=1e-5)
     assert probe.detector(50.0, torch.tensor([4.0])).t1 > probe.detector(50.0, torch.tensor([4.0])).t0
 
 
@@ -170,10 +170,11 @@ def test_positions_that_every_fit_sees_stay_shut_without_biases() -> None:
     x = torch.cat([positives, negatives, elsewhere])
     harmful = torch.arange(len(x)) < 400
     weight = torch.cat(
-        [torch.full((400,), 0.45 / 400), torch.full((2000,), 0.45 / 2000), torch.full((4000,), 0.1 / 4000)]
+        [torch.full((400,), 0.35 / 400), torch.full((2000,), 0.35 / 2000), torch.full((4000,), 0.3 / 4000)]
     )
     folds = torch.cat([torch.arange(2400) % FOLDS, torch.full((4000,), ALWAYS)])
-    k = fit_constant(x[:2400])
+    k = fit_constant(x[:2400], readings({Place.TEXT: elsewhere}))
+    assert float((elsewhere @ k).abs().mean()) < 0.2 and abs(float((positives @ k).mean()) - 1) < 0.1
     probe = fit_probe(x, harmful, weight, folds, k)
     detector = probe.detector(prompt_threshold(probe.held_out, {"no": (~harmful, 0.01)}), probe.held_out[harmful])
     assert firing(detector, readings({Place.TEXT: elsewhere}))["text"] < 0.02

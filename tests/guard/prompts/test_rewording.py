@@ -37,5 +37,5 @@ def test_both_sides_of_a_pair_are_asked_alike_in_ways_other_than_theirs() -> Non
 def test_most_built_in_pairs_and_many_near_misses_can_be_said_otherwise() -> None:
     anchors = load_anchors()
     pairs = zip(anchors.harmful, anchors.harmless, strict=True)
-    assert sum(bool(reworded(pair, 1)) for pair in pairs) > 0.6 * len(anchors)
+    assert sum(bool(reworded(pair, 1)) for pair in pairs) > 0.5 * len(anchors)
     assert sum(bool(verb_phrase(p.text)) for p in load_benign(BUILT_IN_BENIGN) if p.near) > 50
