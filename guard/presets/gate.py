@@ -43,7 +43,7 @@ half of what it allows may be spent: 2 % of near misses.
 OFTENER: Mapping[Group, float] = {"benign": 1, "near": 4, "harmless": 20}
 """How many times as often it may in each group. Twins of harmful prompts are the hardest near misses there are."""
 
-LAYERS = 4
+LAYERS = 3
 """So many layers are tried: those that recognise most harmful prompts."""
 
 GAINS: Mapping[str, tuple[float, ...]] = {"v1": (0.5, 1.0, 3.0), "refused": (1.0, 3.0)}

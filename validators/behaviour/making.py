@@ -162,6 +162,7 @@ def _chosen(material: Material, preset: Preset, judge: Judge) -> tuple[Candidate
         decided += first
         before = chosen_in[round_.name] = best(tried, bench.original)
     chosen, name, why = choose(preset, chosen_in)
+    apart = bench.apart(before.candidate) if before and len(before.candidate.interventions) > 1 else {}
     found: dict[str, Any] = {
         "directions": material.directions.figures(),
         **material.notes,
@@ -172,6 +173,7 @@ def _chosen(material: Material, preset: Preset, judge: Judge) -> tuple[Candidate
             "original": asdict(bench.original),
             "candidates": [trial.row() for trial in trials],
             "trade_off": decided,
+            "apart": apart,
             "parts": {role: len(part.harmful) for role, part in material.parts.items()},
         },
     }

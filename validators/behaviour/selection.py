@@ -188,6 +188,11 @@ class Bench:
                 pictured_kl=self.divergence["pictured"].of(self.vlm.model),
             )
 
+    def apart(self, candidate: Candidate) -> dict[str, dict[str, float]]:
+        """Returns the first decisions of each intervention of `candidate` by itself, and of all together, by name."""
+        parts = {intervention.kind: Candidate((intervention,)) for intervention in candidate.interventions}
+        return {name: asdict(self.decisions(part)) for name, part in {**parts, "together": candidate}.items()}
+
     def try_all(self, candidates: Sequence[Candidate], what: str) -> tuple[list[Trial], list[dict[str, Any]]]:
         """Returns the trials of the candidates whose first decisions are best, and the first decisions of all of them
         as JSON; under progress bars named `what`.
@@ -261,7 +266,7 @@ def _change(trial: Trial) -> float:
 def choose(preset: Preset, chosen_in: Mapping[str, Trial | None]) -> tuple[Trial, str, str]:
     """Returns (the trial that `preset` takes, the name of its round, why), of the best trial of each of its rounds.
 
-    The last round's, unless an earlier one refuses more and the preset does not insist.  Raises Refused if nothing is
+    The last round's if it refuses more than the first's, or the preset insists.  Raises Refused if nothing is
     within the limits.
     """
     found = {name: trial for name, trial in chosen_in.items() if trial is not None}
@@ -282,7 +287,7 @@ def choose(preset: Preset, chosen_in: Mapping[str, Trial | None]) -> tuple[Trial
     if first not in found:
         return found[last], last, f"no {first} alone was within the limits"
     alone, more = found[first].figures.refusal, found[last].figures.refusal
-    if alone > more:
+    if alone >= more:
         why = f"the {first} alone refuses {alone:.1%} of harmful prompts with pictures, {last} {more:.1%}"
         return found[first], first, f"{preset.name}: {why}"
     why = f"{last} refuses {more:.1%} of harmful prompts with pictures, the {first} alone {alone:.1%}"

@@ -32,7 +32,20 @@ def _selection(selection: Mapping[str, Any]) -> str:
         line = row([_cell(candidate.get(name, "")) for name in names], numbers_from=0)
         chosen = candidate == selection["chosen"]
         rows.append(line.replace("<tr>", '<tr style="background:#eaf2ff">') if chosen else line)
-    return f'<p>{escape(selection["why"])}.</p><div style="overflow-x:auto"><table>{"".join(rows)}</table></div>'
+    told = f"<p>{escape(selection['why'])}.{_apart(selection)}</p>"
+    return f'{told}<div style="overflow-x:auto"><table>{"".join(rows)}</table></div>'
+
+
+def _apart(selection: Mapping[str, Any]) -> str:
+    """Returns what each intervention does alone, in one line; nothing where there was one only."""
+    if not selection.get("apart"):
+        return ""
+    decided = {"original": selection["original"], **selection["apart"]}
+    told = "; ".join(
+        f"{escape(name)} {figures['refusal']:.0%} and {figures['text_refusal']:.0%}"
+        for name, figures in decided.items()
+    )
+    return f" Harmful anchors refused, by first decisions, with pictures and without: {told}."
 
 
 def _cell(value: Any) -> str:

@@ -107,7 +107,7 @@ GATE, FULL = trial(refusal=0.9), trial(refusal=0.9)
 @pytest.mark.parametrize(
     ("preset", "gate", "full", "chosen", "says"),
     [
-        ("auto", GATE, FULL, "full", "vlm-guard refuses 90.0%"),
+        ("auto", GATE, FULL, "gate", "the gate alone refuses 90.0%"),
         ("auto", trial(refusal=0.95), FULL, "gate", "the gate alone refuses 95.0%"),
         ("auto", GATE, trial(refusal=0.95), "full", "vlm-guard refuses 95.0%"),
         ("auto", GATE, None, "gate", "every vlm-guard broke the limits"),
@@ -146,10 +146,12 @@ def separated(shift: float, gate: Gate) -> Examples:
 def test_a_detector_that_tells_them_apart_is_described(tiny: VLM) -> None:
     gate = make_gate(beta=128.0)
     found = scrutinise(tiny, gate, separated(2.0, gate))
-    assert found["auc"].keys() == found["opens"].keys() == {"text", "blank", "noise", "shape"}
+    assert found["auc"].keys() == {"text", "blank", "noise", "shape"}
+    assert found["opens"].keys() == {*found["auc"], "harmless prompts"}
+    assert found["opens"].pop("harmless prompts") < 0.95
     assert min(found["auc"].values()) > 0.99
     assert min(found["opens"].values()) > 0.99
-    assert found["fires_elsewhere"].keys() == {"text", "image", "last", "answer"}
+    assert found["fires_elsewhere"].keys() == {"text", "image", "answer"}
     assert list(found["distance_to_clip"]) == ["64", "128", "256", "1024"]
     distances = list(found["distance_to_clip"].values())
     assert distances == sorted(distances, reverse=True) and distances[0] <= 0.2785 / 64 / 0.9 * 1.02
@@ -164,6 +166,16 @@ def test_a_coin_flip_under_one_kind_of_picture_is_refused_by_name(tiny: VLM, kin
         scrutinise(tiny, gate, replace(good, harmful=harmful))
 
 
+def test_a_detector_of_last_tokens_that_knows_nothing_of_harm_is_refused(tiny: VLM) -> None:
+    """It tells them from all other positions, and harmful prompts not from harmless ones."""
+    gate = make_gate()
+    held = separated(2.0, gate)
+    last = held.other.places == Place.LAST
+    other = replace(held.other, x=held.other.x + 2.0 * last[:, None] * gate.detector)
+    with pytest.raises(Refused, match=r"with an AUC of 0\.[45]\d only"):
+        scrutinise(tiny, gate, replace(held, other=other))
+
+
 def test_a_detector_that_is_weak_on_text_alone_is_not_refused(tiny: VLM) -> None:
     gate = make_gate()
     good, shuffled = separated(2.0, gate), separated(0.0, gate)
@@ -175,7 +187,8 @@ def test_scores_to_draw_are_the_detectors_and_few() -> None:
     gate = make_gate()
     held = separated(2.0, gate)
     scores = sample_scores(gate.opens_on, held, 50)
-    assert list(scores) == ["harmful, text", "harmful, blank", "harmful, noise", "harmful, shape", "everything else"]
+    kinds = ("text", "blank", "noise", "shape")
+    assert list(scores) == [*(f"harmful, {kind}" for kind in kinds), "harmless prompts", "everything else"]
     assert all(len(each) == 50 for each in scores.values())
     every = (held.harmful["blank"] @ gate.detector).tolist()
     assert all(min(abs(score - one) for one in every) < 1e-4 for score in scores["harmful, blank"])
@@ -276,8 +289,13 @@ def test_a_token_begins_refusals_where_most_answers_with_it_are_some() -> None:
 
 
 def test_only_the_best_first_decisions_are_answered_in_full(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    answered: list[float] = []
-    monkeypatch.setattr(bench, "figures", lambda candidate: answered.append(candidate.settings["n"]) or GOOD)
+    answered: list[int] = []
+
+    def answer_in_full(candidate: Candidate) -> Figures:
+        answered.append(candidate.settings["n"])
+        return GOOD
+
+    monkeypatch.setattr(bench, "figures", answer_in_full)
     decided = {
         n: select.Decisions(refusal=n / 10, text_refusal=0.0, **{**NONE, "new_refusals": 0.5 * (n == 9)})
         for n in range(10)
