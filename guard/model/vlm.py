@@ -31,6 +31,7 @@ from ..base.limits import at_most
 from ..base.remote_code import MAX_CONFIG_BYTES, check_code, trusted
 from ..base.untrusted import check_files, parse_object, read_bytes
 from .complaints import own_words
+from .generation import check_generation
 from .loading import check_loading
 from .processor import opened
 from .roles import decoder_layers
@@ -164,6 +165,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = parse_object(read_bytes(folder, path.name, MAX_CONFIG_BYTES), str(path))
     check_code(folder)
     check_loading(folder, config)
+    check_generation(folder)
     _check_type(folder, config)
     _check_numbers(path, config)
     return config
