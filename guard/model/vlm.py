@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +25,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from ..base.container import processors
+from ..base.container import free_memory, processors
 from ..base.errors import InputError, Refused
 from ..base.hub import download, is_hub_id, split_revision
 from ..base.limits import at_most
@@ -88,6 +89,12 @@ IMAGE_TOKENS = ("image_token_id", "image_token_index", "media_placeholder_token_
 
 SMALL_BYTES = 64 * 2**20
 
+PROMPT_TOKENS = 1024
+"""Of a picture and a question, for what a batch is allowed to hold."""
+
+PASSING = 16
+"""Numbers a token and unit of width that a layer has at hand while it runs; keys and values of all layers stay."""
+
 MAX_NUMBERS = {
     **{"layer": 1024, "layers": 1024, "depth": 1024, "depths": 1024, "experts": 1024, "attention_types": 1024},
     **{"heads": 4096, "image_size": 4096, "labels": 2**16, "size": 2**22, "positions": 2**24, "embeddings": 2**24},
@@ -125,10 +132,17 @@ class VLM:
         device = self.model.device
         return torch.device("cpu") if device.type == "meta" else device
 
-    @property
+    @cached_property
     def batch_size(self) -> int:
-        """Prompts a batch: many for a model that fits in a cache, few for one that fills a card."""
-        return 64 if sum(p.numel() for p in self.model.parameters()) < 50e6 else 8
+        """Prompts a batch: many for a model that fits in a cache, few for one that fills a card, and on the CPU no more
+        than what is left of the memory takes, of the container's too.
+        """
+        suits = 64 if sum(p.numel() for p in self.model.parameters()) < 50e6 else 8
+        if self.device.type != "cpu":
+            return suits
+        text = self.model.config.get_text_config()
+        numbers = PROMPT_TOKENS * (self.width * (2 * len(self.layers) + PASSING) + getattr(text, "vocab_size", 0))
+        return max(1, min(suits, free_memory() // (4 * numbers)))
 
 
 def located(name: str) -> Path | tuple[str, str | None]:
