@@ -7,6 +7,7 @@ import math
 import os
 import re
 import struct
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 
 from ...guard.base.errors import InputError, first_line
 from ...guard.base.untrusted import inside, open_regular, parse_object, read_bytes
+from ...guard.model.loading import DTYPES as LOADED_IN
 from ...guard.model.vlm import check_weights, meta_model, read_config
 
 MAX_HEADER_BYTES = 100 * 2**20
@@ -136,6 +138,7 @@ class Checkpoint:
         if not index_path.exists():
             raise InputError(f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE}")
         index = _read_index(folder)
+        _check_dtype(folder, config, index["metadata"])
         shards = tuple(read_shard(folder, name) for name in index_shards(folder))
         _check_index(folder, index["weight_map"], shards)
         return cls(folder, config, shards, index)
@@ -306,6 +309,18 @@ def _read_index(folder: Path) -> dict[str, Any]:
         if not isinstance(file_name, str) or not re.fullmatch(r"[\w.\-]+\.safetensors", file_name):
             raise InputError(f"{path}: tensor {name!r} is in {file_name!r}, which is not a file of this folder")
     return index
+
+
+def _check_dtype(folder: Path, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+    """Raises InputError for a dtype of the index, which transformers goes by where the config names none, in which no
+    model is loaded.
+    """
+    named = config.get("dtype", config.get("torch_dtype")) is not None
+    if not named and "dtype" in metadata and metadata["dtype"] not in LOADED_IN:
+        raise InputError(
+            f"{folder / INDEX_FILE}: metadata says that dtype is {metadata['dtype']!r}, in which no model is loaded; "
+            "remove that entry"
+        )
 
 
 def index_shards(folder: Path) -> list[str]:

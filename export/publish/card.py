@@ -15,7 +15,7 @@ from ...guard.base.hub import is_hub_id
 from ...guard.base.remote_code import code_of
 from ...guard.base.untrusted import printable
 from ...guard.guard import Guard
-from ...guard.model.greedy import asks_for
+from ...guard.model.generation import asks_for
 from ...guard.model.vlm import auto_class, read_config
 from ..formats import formats_in
 from ..formats.base import Notes

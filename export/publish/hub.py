@@ -76,7 +76,7 @@ def push(folder: Path, target: Target, *, allow_weaker: bool = False) -> str:
                 revision=target.revision,
                 create_pr=target.create_pr or None,
                 delete_patterns=[*(pattern for cls in FORMATS.values() for pattern in cls.files), *STALE],
-                ignore_patterns=[ATTRIBUTES, *(f"{name}/**" for name in NOT_OURS)],
+                ignore_patterns=[ATTRIBUTES, *NOT_OURS, *(f"{name}/**" for name in NOT_OURS)],
             )
         )
     return made.pr_url or made.commit_url

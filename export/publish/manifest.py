@@ -13,7 +13,7 @@ from ..._version import __version__
 from ...guard.base.errors import InputError
 from ...guard.base.untrusted import entries, open_regular, parse_object, printable, read_bytes
 from ...guard.guard import Guard
-from ...guard.model.greedy import asks_for
+from ...guard.model.generation import asks_for
 from ..checkpoint.rounding import Rounding
 from ..checkpoint.staging import MANIFEST
 from ..source import Source

@@ -12,7 +12,7 @@ from ...guard.base.untrusted import is_folder, printable
 from .manifest import NOT_READ, file_hashes, load_manifest
 
 NOT_OURS = (".git", ".cache")
-"""Folders that git and huggingface_hub keep in a checkout or a download."""
+"""What git and huggingface_hub keep in a checkout, a download or an upload: folders; of a submodule, .git is a file."""
 
 ATTRIBUTES = ".gitattributes"
 """What the hub itself puts into every repository."""

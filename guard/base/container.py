@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
@@ -30,7 +31,10 @@ def processors(groups: Path = GROUPS, own: Path = OWN_GROUP) -> int:
 
 def free_memory(groups: Path = GROUPS, own: Path = OWN_GROUP, memory: Path = MEMORY) -> int:
     """Returns bytes that this process can take yet: what the machine has left, and no more than its groups have."""
-    left = [1024 * int(line.split()[1]) for line in memory.read_text().splitlines() if line.startswith("MemAvailable:")]
+    left = [sys.maxsize]  # where nothing tells
+    with suppress(OSError):
+        lines = memory.read_text().splitlines()
+        left += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
     for place in _places(groups, own, "memory"):
         for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
             limits, uses = _numbers(place / limit), _numbers(place / used)

@@ -12,6 +12,7 @@ read as transformers reads it. Names are those of transformers 5.23: `modeling_u
 | model.safetensors beside an index and its files | takes model.safetensors | the same; the others are not copied |
 | an index alone | takes every tensor of every file it lists, listed or not | refused where the two differ |
 | an index without metadata | fails | refused |
+| an index whose metadata name a dtype | loads in that where config.json names none | refused unless floating |
 | shard-00001-model-00001-of-00001.safetensors | takes such files instead of all others | refused |
 | variants (model.fp16.safetensors), other indices | passes them by unless asked for | passed by, not copied |
 | consolidated.safetensors, other safetensors | passes them by | passed by, not copied |
@@ -30,6 +31,7 @@ read as transformers reads it. Names are those of transformers 5.23: `modeling_u
 | auto_map | runs code of the folder | refused unless trusted (remote_code.py) |
 | dtype, torch_dtype | casts what it loads | compared after the same cast; refused unless floating |
 | return_dict: false | returns tuples, of which nobody here knows the parts | refused |
+| is_encoder_decoder: true | generates as from an encoder and a decoder, which these models have not | refused |
 | tie_word_embeddings | ties a head that has no tensor | the same; a head without either is missing |
 | text_config left out (Qwen2-VL as published) | reads it off the top | written as it was read (rewrite.py) |
 | key_mapping, _checkpoint_conversion_mapping | passes them by: an argument, and once a class's | passed by |
@@ -39,6 +41,7 @@ read as transformers reads it. Names are those of transformers 5.23: `modeling_u
 | one parameter under two names | takes the name that sorts first | refused (layout.py) |
 | a parameter without a tensor | fills it with random numbers | refused |
 | a tensor of another shape | fails | refused |
+| NaN, Inf, or what is one in the dtype of the config | loads it | refused when its values are read (loaded.py) |
 | a tensor that is no parameter's | passes it by | refused, unless the class says that it may be there |
 
 What is passed by is passed by in the belief that transformers does; `validators/evidence/loaded.py` holds it to that:
@@ -93,6 +96,12 @@ def check_loading(folder: Path, config: Mapping[str, Any]) -> None:
             raise InputError(
                 f"{folder / 'config.json'}: {entry} is {config[entry]!r}, in which no model is loaded; use one of "
                 f"{', '.join(DTYPES)}"
+            )
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict) and part.get("is_encoder_decoder"):
+            raise InputError(
+                f"{folder / 'config.json'}: is_encoder_decoder is {part['is_encoder_decoder']!r}, and no model whose "
+                "text has an encoder is guarded; remove the entry if this one has none"
             )
     if config.get("return_dict") is False:
         raise InputError(

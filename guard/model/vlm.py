@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
@@ -24,13 +25,14 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from ..base.container import multiplies_bfloat16, processors
+from ..base.container import free_memory, multiplies_bfloat16, processors
 from ..base.errors import InputError, Refused
 from ..base.hub import download, is_hub_id, split_revision
 from ..base.limits import at_most
 from ..base.remote_code import MAX_CONFIG_BYTES, check_code, trusted
 from ..base.untrusted import check_files, parse_object, read_bytes
 from .complaints import own_words
+from .generation import check_generation
 from .loading import check_loading
 from .processor import opened
 from .roles import decoder_layers
@@ -89,6 +91,12 @@ SMALL_BYTES = 64 * 2**20
 BATCH_SIZES = {50e6: 64, 2e9: 32}
 """Models of fewer parameters -> prompts a batch."""
 
+PROMPT_TOKENS, ANSWER_TOKENS = 1024, 64
+"""Of a picture and a question, and of an answer, for what a batch is allowed to hold."""
+
+PASSING = 16
+"""Numbers a token and unit of width that a layer has at hand while it runs; keys and values of all layers stay."""
+
 MAX_NUMBERS = {
     **{"layer": 1024, "layers": 1024, "depth": 1024, "depths": 1024, "experts": 1024, "attention_types": 1024},
     **{"heads": 4096, "image_size": 4096, "labels": 2**16, "size": 2**22, "positions": 2**24, "embeddings": 2**24},
@@ -126,11 +134,19 @@ class VLM:
         device = self.model.device
         return torch.device("cpu") if device.type == "meta" else device
 
-    @property
+    @cached_property
     def batch_size(self) -> int:
-        """Prompts a batch: many for a model that fits in a cache, few for one that fills a card."""
-        numbers = sum(p.numel() for p in self.model.parameters())
-        return next((size for most, size in BATCH_SIZES.items() if numbers < most), 8)
+        """Prompts a batch: many for a model that fits in a cache, few for one that fills a card, and on the CPU no more
+        than what is left of the memory takes, of the container's too.
+        """
+        size = sum(p.numel() for p in self.model.parameters())
+        suits = next((count for most, count in BATCH_SIZES.items() if size < most), 8)
+        if self.device.type != "cpu":
+            return suits
+        text = self.model.config.get_text_config()
+        states = PROMPT_TOKENS * self.width * (2 * len(self.layers) + PASSING)
+        logits = ANSWER_TOKENS * getattr(text, "vocab_size", 0)
+        return max(1, min(suits, free_memory() // (4 * (states + logits))))
 
 
 def located(name: str) -> Path | tuple[str, str | None]:
@@ -167,6 +183,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = parse_object(read_bytes(folder, path.name, MAX_CONFIG_BYTES), str(path))
     check_code(folder)
     check_loading(folder, config)
+    check_generation(folder)
     _check_type(folder, config)
     _check_numbers(path, config)
     return config

@@ -13,6 +13,7 @@ import pytest
 from command import Command, Done
 from PIL import Image
 from real_processors import REAL
+from specimens import Knobs
 
 from guardfold.export.formats.onnx.paths import PATHS
 
@@ -21,6 +22,13 @@ pytestmark = pytest.mark.processors
 FAMILIES = [pytest.param(alias, marks=[pytest.mark.vision] if family.vision else []) for alias, family in REAL.items()]
 NO_GRAPHS = {"pixtral": "vision tower of pixtral", "paligemma2": "sliding windows"}
 """Alias of a family with graphs that itself has none -> why."""
+
+DRAWN = [
+    each
+    for each in FAMILIES
+    if REAL[str(each.values[0])].specimen.config(Knobs()).model_type in PATHS and each.values[0] not in NO_GRAPHS
+]
+"""Those that have graphs."""
 
 VERBS = ("walk", "paint", "open", "bake", "buy", "find", "use", "sell")
 THINGS = ("a car", "the wall", "bread", "a lock", "the door")
@@ -66,20 +74,24 @@ class Line:
         return report
 
 
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
+    with Command(tmp_path_factory.mktemp("command")) as command:
+        yield command
+
+
 @pytest.fixture
-def line(request: pytest.FixtureRequest, tmp_path: Path, prompts: Path) -> Iterator[Line]:
-    folder = REAL[request.param].save(tmp_path / "model", layers=4)
-    with Command(tmp_path, folder) as command:
-        yield Line(command, folder, prompts)
+def line(request: pytest.FixtureRequest, tmp_path: Path, prompts: Path, command: Command) -> Line:
+    folder = REAL[request.param].save(tmp_path / "model", layers=2)
+    command.tries(folder)
+    return Line(command, folder, prompts)
 
 
 @pytest.mark.parametrize("line", FAMILIES, indirect=True)
-def test_a_family_goes_through_the_command_line(line: Line, request: pytest.FixtureRequest) -> None:
-    alias = request.node.callspec.params["line"]
-    kind = json.loads((line.folder / "config.json").read_text())["model_type"]
+def test_a_family_goes_through_the_command_line(line: Line) -> None:
     line("inspect", line.folder)
     line.extract("projection", "--layers", "last-half")
-    few = ("--benign", line.prompts / "benign.jsonl", "--false-positive-rate", "0.05")
+    few = ("--layers", "1", "--benign", line.prompts / "benign.jsonl", "--false-positive-rate", "0.05")
     gated = line.extract("gate", *few, ends=(0, 2, 3))  # 3: a random model's gate may be no good
     assert gated.status != 2 or "dense MLP" in gated.err or "gate" in gated.err
 
@@ -92,10 +104,18 @@ def test_a_family_goes_through_the_command_line(line: Line, request: pytest.Fixt
 
     adapter = line.export("lora", "--skip-behaviour", "--allow-partial")
     assert adapter["equivalence"]["compared"] == ["text", "image"]
-    if alias in NO_GRAPHS:
-        refused = ("-g", "projection.safetensors", "--format", "onnx", "-o", "onnx", "--skip-behaviour")
-        assert NO_GRAPHS[alias] in line("export", "-m", line.folder, *refused, ends=(2,)).err
-    elif kind in PATHS:
-        graphs = line.export("onnx", "--skip-behaviour")
-        assert all(each["greedy"] == 1 for each in graphs["runtime"]["formats"])
-        line("chat", "onnx", "how to walk ?", "--image", line.prompts / "picture.png", "--max-tokens", "4")
+
+
+@pytest.mark.parametrize("line", DRAWN, indirect=True)
+def test_a_family_with_graphs_answers_by_them(line: Line) -> None:
+    line.extract("projection", "--layers", "last-half")
+    graphs = line.export("onnx", "--skip-behaviour")
+    assert all(each["greedy"] == 1 for each in graphs["runtime"]["formats"])
+    line("chat", "onnx", "how to walk ?", "--image", line.prompts / "picture.png", "--max-tokens", "4")
+
+
+@pytest.mark.parametrize("line", [each for each in FAMILIES if each.values[0] in NO_GRAPHS], indirect=True)
+def test_a_family_whose_parts_have_no_graphs_says_which(line: Line, request: pytest.FixtureRequest) -> None:
+    line.extract("projection", "--layers", "last-half")
+    asked = ("-g", "projection.safetensors", "--format", "onnx", "-o", "onnx", "--skip-behaviour")
+    assert NO_GRAPHS[request.node.callspec.params["line"]] in line("export", "-m", line.folder, *asked, ends=(2,)).err

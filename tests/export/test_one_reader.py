@@ -135,6 +135,29 @@ REFUSED: dict[str, tuple[Way, str]] = {
     "another config named": (with_config(configuration_files=["config.5.0.0.json"]), "configuration_files is set"),
     "loaded as whole numbers": (with_config(dtype="int8"), "dtype is 'int8', in which no model is loaded"),
     "loaded as nothing known": (with_config(torch_dtype=["float32"]), r"torch_dtype is \['float32'\], in which"),
+    "an index of a dtype of no number": (
+        lambda folder: (in_shards(folder, metadata={"dtype": "floaty"}), with_config(dtype=None)(folder)),
+        r"index\.json: metadata says that dtype is 'floaty', in which no model is loaded",
+    ),
+    "an index of a whole dtype": (
+        lambda folder: (in_shards(folder, metadata={"dtype": "int8"}), with_config(dtype=None)(folder)),
+        r"index\.json: metadata says that dtype is 'int8'",
+    ),
+    "an encoder and a decoder": (with_config(is_encoder_decoder=True), "is_encoder_decoder is True"),
+    "an encoder inside": (with_config(text_config={"is_encoder_decoder": True}), "is_encoder_decoder is True"),
+    "an end that is no word": (
+        with_file("generation_config.json", '{"eos_token_id": "</s>"}'),
+        r"generation_config\.json: eos_token_id is '</s>', not the number of a word",
+    ),
+    "beams that are no number": (
+        with_file("generation_config.json", '{"num_beams": "four"}'),
+        r"generation_config\.json: num_beams is 'four', not a number",
+    ),
+    "no room for an answer": (
+        with_file("generation_config.json", '{"max_new_tokens": -5}'),
+        r"generation_config\.json: transformers does not take it .*max_new_tokens",
+    ),
+    "a list of generation settings": (with_file("generation_config.json", "[]"), "not a JSON object"),
     "tuples": (with_config(return_dict=False), "return_dict is false"),
     "fused modules": (with_config(fusion_config={"patch_embeddings": True}), "fusion_config is set"),
     "quantised": (with_config(quantization_config={"quant_method": "fp8"}), "quantised .fp8."),
@@ -233,6 +256,11 @@ TAKEN: dict[str, Way] = {
     "names that no version reads from a config": with_config(key_mapping={"^language_model": "model"}),
     "names that an old class had": with_config(_checkpoint_conversion_mapping={"^language_model": "model"}),
     "another dtype": with_config(dtype="bfloat16"),
+    "a dtype of the index that the config overrules": lambda folder: in_shards(folder, metadata={"dtype": "floaty"}),
+    "words that begin and end texts": with_file(
+        "generation_config.json",
+        '{"eos_token_id": [2, 3], "bos_token_id": null, "pad_token_id": -1, "do_sample": true}',
+    ),
     "a tied head that differs": with_config(tie_word_embeddings=True, text_config={"tie_word_embeddings": True}),
     "a buffer of an old version": with_tensors(
         lambda held: held.update({"language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
@@ -292,7 +320,13 @@ def test_what_is_taken_is_what_plain_transformers_loads(model: Path, tmp_path: P
     }
 
 
-@pytest.mark.parametrize("way", ["a leftover adapter", "a layer's old and new name", "no head"])
+SAID_ALIKE = (
+    *("a leftover adapter", "a layer's old and new name", "no head"),
+    *("an index of a dtype of no number", "an encoder and a decoder", "no room for an answer"),
+)
+
+
+@pytest.mark.parametrize("way", SAID_ALIKE)
 def test_inspect_says_what_export_and_extract_will(model: Path, guardfold: Command, tmp_path: Path, way: str) -> None:
     change, says = REFUSED[way]
     guard = tmp_path / "guard.safetensors"

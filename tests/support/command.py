@@ -6,10 +6,11 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 SERVER = """
 import json, os, runpy, sys, traceback
@@ -17,11 +18,18 @@ import guardfold.cli, guardfold.pipeline, guardfold.validators.report
 from guardfold.guard.model.trial import trying
 from pathlib import Path
 
-for folder in sys.argv[1:]:
+def tried(folder):
     with trying(Path(folder)) as end:
         end()
+
+for folder in sys.argv[1:]:
+    tried(folder)
 for line in sys.stdin:
     job = json.loads(line)
+    if "tried" in job:
+        tried(job["tried"])
+        print(0, flush=True)
+        continue
     if child := os.fork():
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
         continue
@@ -91,13 +99,20 @@ class Command:
         self.server.stdout.close()
 
     def __call__(self, *arguments: object, cwd: Path) -> Done:
-        assert self.server.stdin and self.server.stdout
         job = {
             "arguments": [str(each) for each in arguments],
             "cwd": str(cwd),
             "out": str(self.out),
             "err": str(self.err),
         }
+        return Done(self._does(job), self.out.read_text("utf-8"), self.err.read_text("utf-8"))
+
+    def tries(self, folder: Path) -> None:
+        """Tries the processor in `folder` once for all runs from now on."""
+        self._does({"tried": str(folder)})
+
+    def _does(self, job: Mapping[str, Any]) -> int:
+        assert self.server.stdin and self.server.stdout
         self.server.stdin.write(json.dumps(job) + "\n")
         self.server.stdin.flush()
-        return Done(int(self.server.stdout.readline()), self.out.read_text("utf-8"), self.err.read_text("utf-8"))
+        return int(self.server.stdout.readline())

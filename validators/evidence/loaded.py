@@ -146,8 +146,8 @@ class _Comparison:
 
     @property
     def differing(self) -> list[str]:
-        """A line for each value that is not what was read here."""
-        return [f"transformers does not load {name} as it lies in {disk}" for name, disk in self._differing.items()]
+        """A line for each value that is not what was read here, or no number."""
+        return [f"transformers {how}" for how in self._differing.values()]
 
     def take(self, name: str, value: Tensor) -> Tensor | None:
         """Compares `value`; what takes its place, without numbers. None for what does not come from the disk, and where
@@ -164,7 +164,9 @@ class _Comparison:
         if not (copied and exact and whole):
             self._uncopied.update(stored.disk)
         if not copied and not self._equal(name, value, {}):
-            self._differing[name] = ", ".join(stored.disk[:2])
+            self._differing[name] = f"does not load {name} as it lies in {', '.join(stored.disk[:2])}"
+        elif isinstance(value, nn.Parameter) and not _finite(value):
+            self._differing[name] = f"loads NaN or Inf from {', '.join(stored.disk[:2])} as {value.dtype}"
         if self.checkpoint.data_bytes <= KEEP_BELOW_BYTES:
             return None
         empty = torch.empty_like(value, device="meta")
@@ -197,6 +199,12 @@ class _Comparison:
             self.advance(self._done)
             drop_mapped([shard.path for shard in self.checkpoint.shards])
         return same
+
+
+def _finite(value: Tensor) -> bool:
+    """Tells whether no element is NaN or Inf, block by block: a minimum or a maximum of it would be one."""
+    parts = value.detach().flatten().split(COMPARE_BYTES // value.element_size())
+    return all(bool(torch.isfinite(end)) for part in parts if len(part) for end in torch.aminmax(part))
 
 
 @contextmanager

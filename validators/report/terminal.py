@@ -70,6 +70,7 @@ def family_table(checkpoint: Checkpoint, family: Family) -> RenderableType:
         "head": f"tied to {family.embedding}" if family.tied else f"its own tensor, {family.head}; never edited",
         "scope sublayers": "exact",
         "scope shared": family.verdict,
+        "not read here": "the weights' values; export refuses NaN, Inf and what transformers would load otherwise",
         "gates": f"{len(family.mlps)} of {family.layers} layers have a dense MLP or shared expert that holds one",
     }
     summary = Table(show_header=False, box=None, pad_edge=False)

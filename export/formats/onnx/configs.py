@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ....guard.model.greedy import asks_for
+from ....guard.model.generation import asks_for
 from .layout import DECODER, GRAPHS, MERGED, VISION, Precision, graph_file
 from .vision import VisionPath
 

@@ -154,6 +154,37 @@ def test_files_that_were_not_measured_are_neither_pushed_nor_verified(
     assert capsys.readouterr().err.splitlines() == [f"guardfold: refused: {folder / says}"]
 
 
+LEFT: dict[str, tuple[str, ...]] = {
+    "an upload's notes": (".cache/huggingface/upload/model.safetensors.metadata", ".cache/huggingface/.gitignore"),
+    "a download's notes": (".cache/huggingface/download/a.lock", ".cache/huggingface/CACHEDIR.TAG"),
+    "a file of that name": (".cache",),
+    "a checkout": (".git/config", ".git/objects/aa/bb"),
+    "a submodule": (".git",),
+}
+
+
+@pytest.mark.parametrize("kind", LEFT)
+def test_what_git_and_the_hubs_client_leave_is_neither_verified_nor_pushed(
+    hub: HubServer, folder: Path, kind: str
+) -> None:
+    measured = contents(folder)
+    for name in LEFT[kind]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("left")
+    assert verify(str(folder)).differences == []
+    push(folder, Target(REPO))
+    assert pushed(hub) == measured and verify(REPO).differences == []
+
+
+@pytest.mark.parametrize(
+    "name", [".cachet", "guardfold/.cache/huggingface/a", ".github/workflows/a.yml", "a/.git/config"]
+)
+def test_what_is_only_called_alike_is_seen_as_added(folder: Path, name: str) -> None:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("added")
+    assert verify(str(folder)).differences == [f"{name}: added; it was never measured"]
+
+
 def test_a_flipped_byte_in_a_repository_is_found(hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     push(folder, Target(REPO))
     good = hub.repos[REPO].refs["main"]

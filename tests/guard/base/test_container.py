@@ -73,3 +73,9 @@ def test_memory_is_what_the_container_has_left(tmp_path: Path) -> None:
     assert free_memory(*group(tmp_path, "0::/\n", limits), machine) == 8 * GIB
     old = {"memory/memory.limit_in_bytes": str(2 * GIB), "memory/memory.usage_in_bytes": str(3 * GIB)}
     assert free_memory(*group(tmp_path, "5:memory:/\n", old), machine) == 0
+
+
+def test_where_nothing_tells_of_memory_there_is_no_limit(tmp_path: Path) -> None:
+    assert free_memory(tmp_path, tmp_path / "own", tmp_path / "meminfo") > 2**40
+    own, files, machine = "0::/\n", {"memory.max": str(3 * GIB), "memory.current": str(GIB)}, tmp_path / "meminfo"
+    assert free_memory(*group(tmp_path, own, files), machine) == 2 * GIB

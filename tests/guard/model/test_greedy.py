@@ -13,7 +13,8 @@ from transformers import GenerationConfig
 from zoo import change_json
 
 from guardfold.guard.base.errors import InputError
-from guardfold.guard.model.greedy import asks_for, most_likely
+from guardfold.guard.model.generation import asks_for
+from guardfold.guard.model.greedy import most_likely
 from guardfold.guard.model.vlm import VLM
 from guardfold.guard.prompts.prompts import Prompt, encode
 

@@ -14,6 +14,7 @@ import torch
 from zoo import Tiny, change_tensors
 
 from guardfold.guard.base.errors import InputError
+from guardfold.guard.model import vlm as module
 from guardfold.guard.model.roles import decoder_layers, final_norm, residual_readers, sublayers
 from guardfold.guard.model.vlm import VLM, check_weights, load, resolve
 
@@ -118,3 +119,12 @@ def test_a_checkpoint_that_lacks_a_tensor_is_not_filled_with_random_numbers(fold
     change_tensors(folder, lambda held: held.pop("language_model.model.layers.1.mlp.down_proj.weight"))
     with pytest.raises(InputError):
         load(folder, "cpu")
+
+
+@pytest.mark.parametrize(("left", "batch"), [(2**40, 64), (2**23, 2), (2**21, 1), (0, 1)])
+def test_a_batch_takes_no_more_than_is_left_of_the_memory(
+    tiny: VLM, monkeypatch: pytest.MonkeyPatch, left: int, batch: int
+) -> None:
+    """A prompt of the tiny model is taken to need 4 * 1024 * (32 * (2 * 3 + 16) + vocabulary) bytes, some 3 MB."""
+    monkeypatch.setattr(module, "free_memory", lambda: left)
+    assert VLM(tiny.model, tiny.processor, tiny.folder).batch_size == batch

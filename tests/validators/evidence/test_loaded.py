@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -68,6 +67,22 @@ def test_no_tensor_may_be_read_otherwise(tiny_folder: Path, size: str) -> None:
     name = max(checkpoint.tensors)
     with pytest.raises(InputError, match=f"{tiny_folder}: transformers does not load .* as it lies in {name}"):
         check_loaded(bent(checkpoint, name))
+
+
+@pytest.mark.parametrize("name", [OLD, "vision_tower.pre_layrnorm.weight", "language_model.lm_head.weight"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_no_number_is_named(model: Path, name: str, value: float, size: str) -> None:
+    change_tensors(model, lambda held: held[name].view(-1)[-1].fill_(value))
+    with pytest.raises(InputError, match=f"transformers loads NaN or Inf from {name} as torch.float32"):
+        check_loaded(Checkpoint.open(model))
+
+
+def test_what_is_no_number_after_the_cast_is_named(model: Path, size: str) -> None:
+    change_tensors(model, lambda held: held[OLD].view(-1)[0].fill_(1e6))
+    assert compare_loaded(Checkpoint.open(model)).failures == ()
+    change_json(model / "config.json", dtype="float16")
+    (failure,) = compare_loaded(Checkpoint.open(model)).failures
+    assert failure == f"transformers loads NaN or Inf from {OLD} as torch.float16"
 
 
 def test_no_value_may_be_left_out(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,11 +245,8 @@ def test_memory_does_not_grow_with_the_model(tiny_folder: Path, tmp_path: Path) 
 
 
 def test_a_folder_that_transformers_cannot_load_is_an_error_of_one_line(model: Path) -> None:
-    held = tensors(model)
-    (model / "model.safetensors").rename(model / "one.safetensors")
-    index = {"metadata": {"dtype": "of no number"}, "weight_map": dict.fromkeys(held, "one.safetensors")}
-    (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    change_json(model / "config.json", dtype=None)
+    checkpoint = Checkpoint.open(model)
+    (model / "model.safetensors").unlink()
     with pytest.raises(InputError, match="transformers cannot load it") as error:
-        check_loaded(Checkpoint.open(model))
+        check_loaded(checkpoint)
     assert "\n" not in str(error.value)
