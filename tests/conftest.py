@@ -30,12 +30,14 @@ from hub_server import HubServer
 from transformers.utils import logging
 from zoo import Tiny
 
+from guardfold.guard.model import trial
 from guardfold.guard.model.vlm import VLM, load
 
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 torch.set_num_threads(1)
 logging.set_verbosity_error()
 logging.disable_progress_bar()
+trial.IDLE_SECONDS = 3600.0  # one interpreter for all trials
 
 
 @pytest.fixture(scope="session")

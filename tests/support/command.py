@@ -14,11 +14,12 @@ from typing import Self
 SERVER = """
 import json, os, runpy, sys, traceback
 import guardfold.cli, guardfold.pipeline, guardfold.validators.report
-from guardfold.guard.model.trial import trying
+from guardfold.guard.model import trial
 from pathlib import Path
 
+trial.IDLE_SECONDS = 3600.0
 for folder in sys.argv[1:]:
-    with trying(Path(folder)) as end:
+    with trial.trying(Path(folder)) as end:
         end()
 for line in sys.stdin:
     job = json.loads(line)
