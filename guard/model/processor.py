@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from PIL import Image
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 
@@ -15,6 +18,7 @@ from ..base.errors import InputError
 from ..base.remote_code import MAX_CONFIG_BYTES, trusted
 from ..base.untrusted import parse_object, read_bytes
 from .complaints import missing, own_words
+from .processor_files import digest_of
 from .prompt_forms import FORMS, Form
 
 QUESTION = "How do people usually travel to work, and why do some of them prefer to walk?"
@@ -32,6 +36,17 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 """What a processor class counts image tokens by, and where config.json has the same number, if it does."""
 
 TEMPLATE_FILE = "chat_template.jinja"
+
+REMEMBERED_BYTES = 2**26
+"""Of tensors that prompts were encoded to: the same prompts are asked of the original, of every guard that is tried and
+of the result, and processors take a third of the time of a small model.
+"""
+
+_files: WeakKeyDictionary[ProcessorMixin, bytes] = WeakKeyDictionary()
+"""Processor -> digest of what it was made of."""
+
+_remembered: dict[bytes, dict[str, Any]] = {}
+"""Digest of files and prompts -> what they were encoded to: the first ones, as many as there is room for."""
 
 
 def opened(folder: Path) -> ProcessorMixin:
@@ -58,6 +73,7 @@ def opened(folder: Path) -> ProcessorMixin:
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    _files[processor] = digest_of(folder)
     return processor
 
 
@@ -102,10 +118,34 @@ def words_of(processor: ProcessorMixin, asked: Asked) -> str:
 
 def encoded(processor: ProcessorMixin, asked: Sequence[Asked], where: Path) -> BatchFeature:
     """Returns the questions, all with a picture or none, as tensors padded to one length: what the processor's class
-    makes of them, less labels to learn from.
+    makes of them, less labels to learn from. The tensors are shared with those who ask the same: change none.
 
     Raises InputError that begins with `where` if the processor cannot take them.
     """
+    if processor not in _files:
+        return _encoded(processor, asked, where)
+    key = _digest_of(processor, asked)
+    if key not in _remembered:
+        batch = _encoded(processor, asked, where)
+        if _bytes(batch.values()) + sum(_bytes(kept.values()) for kept in _remembered.values()) > REMEMBERED_BYTES:
+            return batch
+        _remembered[key] = dict(batch)
+    return BatchFeature(dict(_remembered[key]))
+
+
+def _digest_of(processor: ProcessorMixin, asked: Sequence[Asked]) -> bytes:
+    digest = hashlib.sha256(_files[processor])
+    for text, picture in asked:
+        digest.update(repr((text, picture and (picture.mode, picture.size))).encode())
+        digest.update(picture.tobytes() if picture else b"")
+    return digest.digest()
+
+
+def _bytes(values: Iterable[Any]) -> int:
+    return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
+
+
+def _encoded(processor: ProcessorMixin, asked: Sequence[Asked], where: Path) -> BatchFeature:
     try:
         form = form_of(processor)
         batch = _formed(processor, form, asked) if form else _templated(processor, asked)

@@ -8,8 +8,6 @@ for that, has imported what processors need and does nothing else (trial_server.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import signal
 import socket
@@ -22,8 +20,8 @@ from functools import cache, partial
 from pathlib import Path
 
 from ..base.errors import InputError
-from ..base.remote_code import MAX_CONFIG_BYTES, trusted
-from ..base.untrusted import open_regular, parse_object, read_bytes
+from ..base.remote_code import trusted
+from .processor_files import digest_of
 from .trial_server import (
     ENDED,
     ENDLESS,
@@ -44,13 +42,6 @@ SECONDS = 10.0
 IDLE_SECONDS = 120.0
 """After which an interpreter that nobody asks anything ends: it holds 0.3 GB."""
 
-READ_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
-NOT_READ = ("config.json", "report.json", "guardfold.json", "generation_config.json", "model.safetensors.index.json")
-"""Of files in a model folder: what processors are made of, and what they are not."""
-
-OF_CONFIG = ("model_type", "processor_class", "tokenizer_class", "auto_map")
-"""What decides in config.json which classes load a processor."""
-
 _sound: set[bytes] = set()
 """Digests of processors that this process has tried already."""
 
@@ -66,7 +57,7 @@ def trying(folder: Path) -> Iterator[Callable[[], None]]:
     What the block gets waits for the end of that: InputError that begins with `folder` unless the processor loads and
     takes a short question, alone and with a picture; Exhausting if it does not within its bounds.
     """
-    digest = _digest(folder)
+    digest = digest_of(folder)
     if digest in _sound:
         yield lambda: None
         return
@@ -77,21 +68,6 @@ def trying(folder: Path) -> Iterator[Callable[[], None]]:
             _sound.add(digest)
 
         yield end
-
-
-def _digest(folder: Path) -> bytes:
-    """Of everything in `folder` that a processor is made of."""
-    found = hashlib.sha256(str(trusted()).encode())
-    for path in sorted([*folder.glob("*"), *folder.glob("*/*")]):
-        if path.name.endswith(READ_SUFFIXES) and path.name not in NOT_READ and not path.is_dir():
-            name = str(path.relative_to(folder))
-            with os.fdopen(open_regular(folder, name), "rb") as file:
-                found.update(
-                    f"{name}\n".encode(errors="surrogateescape") + hashlib.file_digest(file, "sha256").digest()
-                )
-    config = parse_object(read_bytes(folder, "config.json", MAX_CONFIG_BYTES), str(folder / "config.json"))
-    found.update(json.dumps({name: config.get(name) for name in OF_CONFIG}).encode())
-    return found.digest()
 
 
 @dataclass(frozen=True)

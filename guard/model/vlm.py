@@ -314,12 +314,10 @@ def meta_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMo
     """Returns the model of `folder` without its weights: parameters on the meta device, buffers real. No weights are
     read.
     """
-    from accelerate import init_empty_weights
-
     auto = auto_class(read_config(folder))
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted())
-        with threads(1), at_most(BUFFER_BYTES), init_empty_weights(include_buffers=False):  # threads map memory
+        with threads(1), at_most(BUFFER_BYTES), _without_weights():  # threads map memory
             model = auto.from_config(config, dtype=dtype, experts_implementation="eager", trust_remote_code=trusted())
     except Exception as error:  # untrusted numbers can break a constructor in any way
         reason = own_words(error)
@@ -333,3 +331,25 @@ def meta_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMo
 def image_token_of(config: PretrainedConfig) -> int:
     """Returns the word that stands for an image feature; -1 if the config names none."""
     return next((value for name in IMAGE_TOKENS if isinstance(value := getattr(config, name, None), int)), -1)
+
+
+@contextmanager
+def _without_weights() -> Iterator[None]:
+    """Parameters of modules that are made while the block runs are on the meta device, and transformers does not draw
+    numbers for them, which takes longer there than all else; buffers are real.
+    """
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        register = nn.Module.register_parameter
+
+        def register_drawn(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+            register(module, name, parameter)
+            if parameter is not None:
+                module._parameters[name]._is_hf_initialized = True  # type: ignore[union-attr]
+
+        nn.Module.register_parameter = register_drawn  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            nn.Module.register_parameter = register  # type: ignore[method-assign]

@@ -303,9 +303,12 @@ def weaker(guardfold: Command, workshop: Path) -> Done:
     return guardfold("export", *PROJECTED, "--output", "weaker", "--allow-weaker", cwd=workshop)
 
 
-def test_projection_alone_is_refused_for_the_demo_and_nothing_is_left(guardfold: Command, workshop: Path) -> None:
+@pytest.mark.parametrize("scope", ["sublayers", "shared"])
+def test_projection_alone_is_refused_for_the_demo_and_nothing_is_left(
+    guardfold: Command, workshop: Path, scope: str
+) -> None:
     before = sorted(path.name for path in workshop.iterdir())
-    done = guardfold("export", *PROJECTED, "--output", "refused", cwd=workshop)
+    done = guardfold("export", *PROJECTED, "--scope", scope, "--output", "refused", cwd=workshop)
     assert done.status == 3
     assert done.complaint.startswith("guardfold: refused: not safer: ")
     assert "nothing was written" in done.complaint

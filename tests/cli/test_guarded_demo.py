@@ -276,11 +276,3 @@ def test_the_check_command_ends_well_and_finds_the_same(folder: Path, report: di
     for part in ("ruling", "verdict", "integrity", "original", "guarded", "reference", "samples"):
         assert found[part] == report[part]
     assert found["equivalence"]["passed"]
-
-
-def test_projection_alone_in_the_shared_scope_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
-    arguments = ("--model", "demo", "--guard", "projection", "--scope", "shared", "-o", "guarded")
-    done = run("-m", "guardfold", "export", *arguments, cwd=tmp_path)
-    assert done.returncode == 3
-    assert done.stderr.splitlines()[-1].startswith("guardfold: refused: not safer")
-    assert not list(tmp_path.iterdir())

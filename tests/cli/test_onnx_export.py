@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 import torch
 from command import Command
 from PIL import Image
+from traces import traced_once
 from transformers import AutoModelForImageTextToText
 from zoo import Tiny, change_tensors, random_basis
 
@@ -30,6 +31,12 @@ from guardfold.validators.runtimes import chat
 from guardfold.validators.runtimes import onnx as runner
 
 GUARD = Guard((SublayerProjection({0: random_basis(1, 32)}),))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _traces() -> Iterator[None]:
+    with traced_once():
+        yield
 
 
 @pytest.fixture(scope="module")
