@@ -27,7 +27,7 @@ from .interventions.base import PerLayer
 FORMAT = "guardfold-guard/1"
 REFERENCE = "reference"
 MAX_GUARD_BYTES = 256 * 2**20
-MAX_HEADER_BYTES = 16 * 2**20
+MAX_GUARD_HEADER_BYTES = 16 * 2**20
 """Of a guard file: its provenance, mostly."""
 
 
@@ -142,7 +142,7 @@ def _header(data: bytes, where: str) -> dict[str, Any]:
     otherwise.
     """
     length = int.from_bytes(data[:8], "little")
-    if length > MAX_HEADER_BYTES:
+    if length > MAX_GUARD_HEADER_BYTES:
         raise InputError(f"{where}: damaged guard file (a header of {length} bytes)")
     metadata = parse_object(data[8 : 8 + length], where).get("__metadata__", {})
     header = parse_object(metadata.get("guardfold", "{}").encode(), where)

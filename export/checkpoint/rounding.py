@@ -45,7 +45,7 @@ CANDIDATES, FINE = 512, 64
 SPARE = 2**18
 """Entries that candidates may be where columns are few, as in a bias: so many cost next to nothing."""
 
-ROUNDS = 2
+REPAIR_ROUNDS = 2
 """Of multipliers; a third hardly improves on the second, for the last step finishes what is left."""
 
 FINISHING, FINISHING_A_RANK = 256, 64
@@ -221,7 +221,7 @@ def _by_multipliers(
     rounded = exact.to(dtype)
     residual = others + basis @ rounded.float().sub_(exact)
     multipliers, shifted = torch.zeros_like(residual), torch.empty_like(exact)
-    for _ in range(ROUNDS if movable else 0):
+    for _ in range(REPAIR_ROUNDS if movable else 0):
         multipliers += inverse @ residual
         torch.mm(basis.T, multipliers, out=shifted).clamp_(-most, most)
         rounded = torch.sub(exact, shifted, out=shifted).to(dtype)

@@ -21,7 +21,7 @@ from ...guard.model.roles import (
     mlp_parts,
     output_tensor,
 )
-from .table import Role, matching, module_name
+from .table import WriterRole, matching, module_name
 from .tracer import Trace, trace
 
 
@@ -87,7 +87,7 @@ def _row(name: str, found: Trace, prefix: str, every: Iterable[str]) -> dict[str
     return row
 
 
-def _role(target: str) -> Role:
+def _role(target: str) -> WriterRole:
     parts = target.split(".")
     if "{layer}" in parts:
         return "attention" if parts[2] in ATTENTION_NAMES else "mlp"

@@ -174,7 +174,7 @@ def parse_object(text: bytes, where: str) -> dict[str, Any]:
     return parsed
 
 
-def inside(value: Any) -> Iterator[Any]:
+def nested_values(value: Any) -> Iterator[Any]:
     """Returns `value` and everything in it, at any depth."""
     waiting = [value]
     while waiting:

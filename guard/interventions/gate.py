@@ -22,7 +22,7 @@ from ..fitting.linear_probe import Detector, firing
 from ..model.roles import decoder_layers, mlp_parts
 from ..model.vlm import VLM
 from ..weight_edits import FormOf, ReplaceNeurons
-from .base import Intervention, MLPWrite, Reading, TextStates, check_vector, widened
+from .base import Intervention, MLPWrite, Reading, TextStates, at_least_float32, check_vector
 
 NEURONS = 2
 """What a gate takes: one neuron that opens the ramp at t0 and one that ends it at t1."""
@@ -171,7 +171,7 @@ def ramp(x: Tensor, gate: Gate, act: Callable[[Tensor], Tensor], gated: bool) ->
     act: the MLP's activation.  gated: whether the MLP multiplies its activation with a second linear map, so that
     without biases the ramp comes times k.x.
     """
-    x = widened(x)
+    x = at_least_float32(x)
     score = x @ gate.detector.to(x)
     one = torch.ones_like(score) if gate.unit is None else x @ gate.unit.to(x)
     below, above = score - gate.t0 * one, score - gate.t1 * one

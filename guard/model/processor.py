@@ -23,7 +23,7 @@ from .prompt_forms import FORMS, Form
 
 QUESTION = "How do people usually travel to work, and why do some of them prefer to walk?"
 
-Asked = tuple[str, Image.Image | None]
+PicturedQuestion = tuple[str, Image.Image | None]
 """A question, and the picture that it comes with."""
 
 SETTINGS: dict[str, tuple[str, ...]] = {
@@ -107,7 +107,7 @@ def _template(folder: Path, found: str | Mapping[str, str] | None) -> str | None
     return found["default"]
 
 
-def words_of(processor: ProcessorMixin, asked: Asked) -> str:
+def words_of(processor: ProcessorMixin, asked: PicturedQuestion) -> str:
     """One question as the processor is given it, up to where an answer begins. Raises whatever a chat template does."""
     form = form_of(processor)
     if form and processor.chat_template is None:
@@ -116,7 +116,7 @@ def words_of(processor: ProcessorMixin, asked: Asked) -> str:
     return words
 
 
-def encoded(processor: ProcessorMixin, asked: Sequence[Asked], where: Path) -> BatchFeature:
+def encoded(processor: ProcessorMixin, asked: Sequence[PicturedQuestion], where: Path) -> BatchFeature:
     """Returns the questions, all with a picture or none, as tensors padded to one length: what the processor's class
     makes of them, less labels to learn from. The tensors are shared with those who ask the same: change none.
 
@@ -133,7 +133,7 @@ def encoded(processor: ProcessorMixin, asked: Sequence[Asked], where: Path) -> B
     return BatchFeature(dict(_remembered[key]))
 
 
-def _digest_of(processor: ProcessorMixin, asked: Sequence[Asked]) -> bytes:
+def _digest_of(processor: ProcessorMixin, asked: Sequence[PicturedQuestion]) -> bytes:
     digest = hashlib.sha256(_files[processor])
     for text, picture in asked:
         digest.update(repr((text, picture and (picture.mode, picture.size))).encode())
@@ -145,7 +145,7 @@ def _bytes(values: Iterable[Any]) -> int:
     return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
 
 
-def _encoded(processor: ProcessorMixin, asked: Sequence[Asked], where: Path) -> BatchFeature:
+def _encoded(processor: ProcessorMixin, asked: Sequence[PicturedQuestion], where: Path) -> BatchFeature:
     try:
         form = form_of(processor)
         batch = _formed(processor, form, asked) if form else _templated(processor, asked)
@@ -160,7 +160,7 @@ def _encoded(processor: ProcessorMixin, asked: Sequence[Asked], where: Path) -> 
     return batch
 
 
-def _templated(processor: ProcessorMixin, asked: Sequence[Asked]) -> BatchFeature:
+def _templated(processor: ProcessorMixin, asked: Sequence[PicturedQuestion]) -> BatchFeature:
     batch: BatchFeature = _as_any(processor).apply_chat_template(
         [_turns(each) for each in asked],
         add_generation_prompt=True,
@@ -172,7 +172,7 @@ def _templated(processor: ProcessorMixin, asked: Sequence[Asked]) -> BatchFeatur
     return batch
 
 
-def _formed(processor: ProcessorMixin, form: Form, asked: Sequence[Asked]) -> BatchFeature:
+def _formed(processor: ProcessorMixin, form: Form, asked: Sequence[PicturedQuestion]) -> BatchFeature:
     words = [words_of(processor, each) for each in asked]
     pictures = [picture for _, picture in asked if picture is not None]
     taking, common = _as_any(processor), {"padding": True, "return_tensors": "pt"}
@@ -187,7 +187,7 @@ def _formed(processor: ProcessorMixin, form: Form, asked: Sequence[Asked]) -> Ba
     return BatchFeature(dict(made))
 
 
-def _turns(asked: Asked) -> list[dict[str, Any]]:
+def _turns(asked: PicturedQuestion) -> list[dict[str, Any]]:
     text, picture = asked
     image = [] if picture is None else [{"type": "image", "image": picture}]
     return [{"role": "user", "content": [*image, {"type": "text", "text": text}]}]

@@ -10,8 +10,14 @@ from pathlib import Path
 from ..base.remote_code import MAX_CONFIG_BYTES, trusted
 from ..base.untrusted import open_regular, parse_object, read_bytes
 
-READ_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
-NOT_READ = ("config.json", "report.json", "guardfold.json", "generation_config.json", "model.safetensors.index.json")
+PROCESSOR_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
+NOT_OF_PROCESSORS = (
+    "config.json",
+    "report.json",
+    "guardfold.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+)
 """Of files in a model folder: what processors are made of, and what they are not."""
 
 OF_CONFIG = ("model_type", "processor_class", "tokenizer_class", "auto_map")
@@ -24,7 +30,7 @@ def digest_of(folder: Path) -> bytes:
     """
     digest = hashlib.sha256(str(trusted()).encode())
     for path in sorted([*folder.glob("*"), *folder.glob("*/*")]):
-        if path.name.endswith(READ_SUFFIXES) and path.name not in NOT_READ and not path.is_dir():
+        if path.name.endswith(PROCESSOR_SUFFIXES) and path.name not in NOT_OF_PROCESSORS and not path.is_dir():
             name = str(path.relative_to(folder))
             with os.fdopen(open_regular(folder, name), "rb") as file:
                 digest.update(

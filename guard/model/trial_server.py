@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..base.errors import InputError
-from ..base.limits import at_most
+from ..base.limits import memory_limited
 from ..base.remote_code import trusting
 
 if TYPE_CHECKING:
@@ -137,11 +137,11 @@ def _try(folder: Path, seconds: float, begin: Callable[[str], object]) -> int:
     torch.set_num_threads(1)
     signal.setitimer(signal.ITIMER_REAL, LOADING_SECONDS)
     begin(LOADING)
-    with at_most(LOADING_BYTES):
+    with memory_limited(LOADING_BYTES):
         processor = opened(folder)
     picture = Image.new("RGB", PICTURE_SIZE, "grey")
     signal.setitimer(signal.ITIMER_REAL, seconds)
-    with at_most(MEMORY_BYTES):
+    with memory_limited(MEMORY_BYTES):
         begin(TEMPLATE)
         if _check_template(processor, folder, picture) > MAX_CHARACTERS:
             return ENDLESS

@@ -8,7 +8,7 @@ entry in the file is that fold's to the last place (written.py).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -28,14 +28,13 @@ from ...guard.fitting.states import forward
 from ...guard.guard import Guard
 from ...guard.hooks import attached
 from ...guard.model.greedy import most_likely
-from ..runtimes.adapted import running as running_adapted
+from ..runtimes.adapted import running_adapted
 from ..runtimes.streamed import streamed
-from .batches import comparison_batches
+from .batches import GREEDY_TOKENS, Batches, comparison_batches
 from .leaks import activation_tolerance, leak_probe, tensor_leaks, tensor_tolerance
 from .piece import JSON, Context, Found, Piece, line
 from .written import PLACES, places_off
 
-Batches = Mapping[str, BatchFeature]
 Logits = dict[str, Tensor]
 
 TOLERANCE = 1e-5
@@ -52,7 +51,6 @@ NEVER_SAID = 1e30
 POSITIONS = 64
 """Positions compared in each row: an image prompt has hundreds, and each has a logit for every word."""
 
-GREEDY_TOKENS = 32
 GENERATE_BELOW_BYTES = 256 * 2**20
 """Checkpoints up to this size also generate; above it, 32 passes over the file would take too long, and the argmax at
 every prompt position is compared instead."""

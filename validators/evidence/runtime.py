@@ -34,9 +34,7 @@ from ...guard.prompts.image_kinds import COMPARED_KINDS
 from ...guard.prompts.prompts import Prompt, encode, illustrated
 from ..behaviour.verdict import Verdict
 from ..runtimes.onnx import Runner
-from .batches import TEXTS, comparison_batches
-
-GREEDY_TOKENS = 32
+from .batches import GREEDY_TOKENS, TEXTS, Batches, comparison_batches
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,6 @@ class Observed:
 
 
 Reference = Mapping[str, Observed]
-Batches = Mapping[str, BatchFeature]
 
 
 @dataclass(frozen=True)
@@ -128,7 +125,7 @@ def as_prompts(model: PreTrainedModel, batch: BatchFeature) -> BatchFeature:
 
 
 @torch.inference_mode()
-def observe(model: Any, batches: Batches, guard: Guard | None = None) -> Reference:
+def observe_in_torch(model: Any, batches: Batches, guard: Guard | None = None) -> Reference:
     """Returns what `model` says in torch, with `guard`'s hooks if there is one."""
     ends = model.generation_config.eos_token_id
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
@@ -237,7 +234,7 @@ def _reference(folder: Path, guard: Guard | None, stored: torch.dtype = torch.fl
     model = load_model(folder, "cpu", torch.float32)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(stored).float()
-    return observe(model, comparison(model, folder), guard)
+    return observe_in_torch(model, comparison(model, folder), guard)
 
 
 def _chosen(logits: Tensor, ends: Sequence[int]) -> Tensor:

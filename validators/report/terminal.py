@@ -18,7 +18,7 @@ from ..evidence.behaviour import rates_table
 from ..evidence.evidence import Evidence
 from ..evidence.piece import line
 
-COLOURS = {"safer": "green", "not safer": "red", "undecided": "yellow"}
+TERMINAL_COLOURS = {"safer": "green", "not safer": "red", "undecided": "yellow"}
 
 
 def render(evidence: Evidence) -> RenderableType:
@@ -33,7 +33,7 @@ def render_served(behaviours: Mapping[str, Behaviour], verdict: Verdict | None) 
 
 
 def _ruling(ruling: str, reasons: Sequence[str]) -> Iterator[RenderableType]:
-    yield line("verdict", ruling.upper(), style=f"bold {COLOURS.get(ruling, 'yellow')}")
+    yield line("verdict", ruling.upper(), style=f"bold {TERMINAL_COLOURS.get(ruling, 'yellow')}")
     for reason in reasons:
         yield Text(f"  - {reason}")
 

@@ -26,7 +26,7 @@ LOAD_BELOW_BYTES = 512 * 2**20
 
 
 @contextmanager
-def running(adapted: Adapted, dtype: torch.dtype) -> Iterator[PreTrainedModel]:
+def running_adapted(adapted: Adapted, dtype: torch.dtype) -> Iterator[PreTrainedModel]:
     """The model, computing in `dtype`: loaded with its adapters by PEFT if it is small, else from the files."""
     if adapted.source.data_bytes > LOAD_BELOW_BYTES:
         with streamed(adapted.source, Fold(adapted.edits), dtype=dtype) as model:

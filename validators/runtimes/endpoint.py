@@ -21,6 +21,7 @@ from urllib.request import HTTPRedirectHandler, OpenerDirector, Request, build_o
 from PIL import Image
 
 from ...guard.base.errors import InputError
+from ...guard.base.hub import LONGEST_WAIT, TRANSIENT
 from ...guard.base.progress import bar
 from ...guard.prompts.image_kinds import ImageKind
 from ...guard.prompts.prompts import Prompt, illustrated
@@ -28,10 +29,6 @@ from ..behaviour.measure import MAX_NEW_TOKENS
 
 ROUTE = "/chat/completions"
 ATTEMPTS = 5
-LONGEST_WAIT = 60
-"""Seconds between two attempts at most, whatever the server asks for."""
-
-TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 MAX_ANSWER_BYTES = 2**22
 SHOWN = 200
 """Characters of a server's complaint that are repeated."""

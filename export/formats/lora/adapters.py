@@ -231,13 +231,13 @@ def _stacked(module: nn.Module, update: AddProduct) -> dict[str, Tensor]:
     return {"lora_A.weight": each.right.flatten(0, 1), "lora_B.weight": each.left.permute(1, 2, 0).flatten(1)}
 
 
-Held = Projecting | AddProduct
+LowRankEdit = Projecting | AddProduct
 """The edits that are updates of low rank."""
 
-Read = Callable[[int, int], Tensor]
+ReadBlock = Callable[[int, int], Tensor]
 
 
-def _reading(checkpoint: Checkpoint, layout: Layout, memory: str) -> Read:
+def _reading(checkpoint: Checkpoint, layout: Layout, memory: str) -> ReadBlock:
     """Returns how to read rows of the parameter `memory`: from its file, or, where it is made of several tensors, from
     itself, held while it is needed.
     """
@@ -248,7 +248,9 @@ def _reading(checkpoint: Checkpoint, layout: Layout, memory: str) -> Read:
     return lambda first, last: whole[first:last]
 
 
-def _in_memory(edits: Sequence[Held], writer: Writer, memory: str, layout: Layout, shape: Shape) -> Sequence[Held]:
+def _in_memory(
+    edits: Sequence[LowRankEdit], writer: Writer, memory: str, layout: Layout, shape: Shape
+) -> Sequence[LowRankEdit]:
     """Returns `edits` of a tensor on disk as edits of the parameter that is made of it."""
     stored = layout.stored[memory]
     if not stored.operations:
@@ -258,7 +260,7 @@ def _in_memory(edits: Sequence[Held], writer: Writer, memory: str, layout: Layou
     return [kind(edit.basis, edit.strength, edit.gain) for edit in edits if isinstance(edit, Projecting)]
 
 
-def low_rank(read: Read, shape: Shape, edits: Sequence[Held]) -> AddProduct:
+def low_rank(read: ReadBlock, shape: Shape, edits: Sequence[LowRankEdit]) -> AddProduct:
     """Returns what `edits`, one after the other, add to a tensor, as L R of rank r, the sum of the edits' ranks.
 
     read: (first, last) -> those rows of it.  shape: [d, n], [n, d], [E, d, n], [E, n, d] or [d].  Float32 or better.
@@ -269,7 +271,7 @@ def low_rank(read: Read, shape: Shape, edits: Sequence[Held]) -> AddProduct:
     return AddProduct(torch.cat(lefts, -1), torch.cat(rights, rows))
 
 
-def _update(before: Folded, edit: Held) -> tuple[Tensor, Tensor]:
+def _update(before: Folded, edit: LowRankEdit) -> tuple[Tensor, Tensor]:
     """Returns (L, R) of what `edit` adds: -strength V^T and V W, or -strength W V^T and V where columns are
     projected.
     """

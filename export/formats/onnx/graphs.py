@@ -21,7 +21,7 @@ from .decoder import decoder_sketch, embed_sketch, merged_sketch
 from .layout import DECODER, EMBED, FOLDER, GRAPHS, MERGED, PRECISIONS, VISION, Precision, Weights, graph_file
 from .paths import path_of
 from .quantize import link_aliases, quantize
-from .trace import faked, need_onnx, trace
+from .trace import faked, need_onnx, trace_graph
 from .weights import Binder
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class Traced:
             sketches = {VISION: path.sketch(), EMBED: embed_sketch(model), DECODER: decoder_sketch(path)}
             if path.genai:
                 sketches[MERGED] = merged_sketch(model)
-            graphs = {name: trace(sketch, mode) for name, sketch in track(list(sketches.items()), "tracing")}
+            graphs = {name: trace_graph(sketch, mode) for name, sketch in track(list(sketches.items()), "tracing")}
         return cls(checkpoint, model, graphs, path.unread())
 
     def write(self, precision: Precision, place: Path, weights: Weights) -> dict[str, int]:

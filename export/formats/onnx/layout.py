@@ -19,7 +19,7 @@ FOLDER = "onnx"
 """Where the graphs lie; beside the weights themselves where they share them, for a graph finds no data elsewhere."""
 
 Weights = Literal["copy", "shared"]
-WEIGHTS: tuple[Weights, ...] = get_args(Weights)
+ONNX_WEIGHTS: tuple[Weights, ...] = get_args(Weights)
 
 
 Provider = Literal["auto", "cpu", "cuda"]

@@ -72,7 +72,7 @@ def faked(model: PreTrainedModel, dtype: torch.dtype) -> FakeTensorMode:
     return mode
 
 
-def trace(sketch: Sketch, mode: FakeTensorMode) -> ir.Model:
+def trace_graph(sketch: Sketch, mode: FakeTensorMode) -> ir.Model:
     """Returns the graph of `sketch`. An initializer that stands for a parameter has the parameter's name and no
     value.
     """

@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from guardfold.validators.demo import DEMO
 from guardfold.validators.demo.__main__ import main
-from guardfold.validators.demo.calibrate import PICTURED
+from guardfold.validators.demo.calibrate import PICTURE_KINDS
 from guardfold.validators.demo.measure import figures, missed
 from guardfold.validators.demo.speech import Turn, Voice
 from guardfold.validators.demo.world import QUESTIONS, REFUSAL, TEMPLATES, Combo, World, question, words
@@ -199,5 +199,5 @@ def test_rebuild_from_another_seed(tmp_path: Path) -> None:
     about = json.loads((made / "demo.json").read_text("utf-8"))
     assert about["seed"] == 7
     assert missed(about["figures"]) == []
-    assert set(about["figures"]["compliance"]) == {*PICTURED, "mean"}
+    assert set(about["figures"]["compliance"]) == {*PICTURE_KINDS, "mean"}
     assert list(tmp_path.iterdir()) == [made]
