@@ -50,8 +50,8 @@ class Guard:
                 layer = min(places & taken)[0]
                 raise InputError(f"two interventions would overwrite the same neurons of layer {layer}")
             taken |= places
-        erasing = next((each.kind for each in self.interventions if each.erases_stream), None)
-        adding = next((each.kind for each in self.interventions if each.adds), None)
+        erasing = next((intervention.kind for intervention in self.interventions if intervention.erases_stream), None)
+        adding = next((intervention.kind for intervention in self.interventions if intervention.adds), None)
         if erasing and adding:
             raise InputError(f"a {erasing} would erase what a {adding} writes; project sublayers instead")
 

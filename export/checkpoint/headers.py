@@ -186,7 +186,7 @@ class Checkpoint:
 
 def _refuse_quantised(folder: Path, config: dict[str, Any]) -> None:
     parts = (part for part in nested_values(config) if isinstance(part, dict))
-    found = next((each for part in parts if (each := part.get("quantization_config")) is not None), None)
+    found = next((entry for part in parts if (entry := part.get("quantization_config")) is not None), None)
     if found is not None:
         method = found.get("quant_method") if isinstance(found, dict) else None
         raise InputError(f"{folder}: quantised ({method or 'quantization_config in config.json'}); {QUANTISED}")

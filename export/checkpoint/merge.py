@@ -100,8 +100,8 @@ def updates(checkpoint: Checkpoint, folder: Path) -> dict[str, list[Edit]]:
     entries = _Entries(folder, {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()})
     edits: dict[str, list[Edit]] = {}
     for memory, edit in _edits(model, entries, layout):
-        for disk, each in _on_disk(layout, memory, edit, checkpoint, folder):
-            edits.setdefault(disk, []).append(each)
+        for disk, on_disk in _on_disk(layout, memory, edit, checkpoint, folder):
+            edits.setdefault(disk, []).append(on_disk)
     entries.check_all_taken()
     return edits
 
@@ -269,7 +269,7 @@ def _taken_apart(
             if not (operation.check_dims and tuple(shapes[stored.disk[0]]) == shape):
                 parts, shape = [part.turned() for part in parts], (*shape[:-2], shape[-1], shape[-2])
         elif isinstance(operation, MergeModulelist) and operation.dim == 0 and len(parts) == 1:
-            parts = [AddProduct(*each) for each in zip(parts[0].left, parts[0].right, strict=True)]
+            parts = [AddProduct(*factors) for factors in zip(parts[0].left, parts[0].right, strict=True)]
             shape = shape[1:]
         else:
             return None

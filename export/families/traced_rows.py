@@ -44,7 +44,7 @@ def family_rows(model: PreTrainedModel, batches: Mapping[str, Mapping[str, Any]]
     if "image" not in batches:
         opaque["vision"] += ("no picture was traced, so what it writes is not known",)
     refused = {part: {"refused": "; ".join(found)} if found else {} for part, found in opaque.items()}
-    mlps = {"mlp": each} if (each := _mlp_rows(model, prefix)) else {}
+    mlps = {"mlp": mlp} if (mlp := _mlp_rows(model, prefix)) else {}
     return {
         "text": {"model_types": [types["text"]], **refused["text"], "writer": rows["text"], **mlps},
         "vision": {"model_types": [types["vision"]], **refused["vision"], "writer": rows["vision"]},

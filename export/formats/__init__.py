@@ -75,4 +75,4 @@ class Formats:
 
     def _made(self, cls: type[Format]) -> Format:
         settings = {**vars(self), **self.more}
-        return cls(**{each.name: settings[each.name] for each in fields(cls) if each.name in settings})
+        return cls(**{field.name: settings[field.name] for field in fields(cls) if field.name in settings})

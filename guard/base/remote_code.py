@@ -76,7 +76,7 @@ def code_of(folder: Path) -> dict[str, list[str]]:
     found = {}
     for name in _config_files(folder):
         if os.path.lexists(folder / name):
-            entries = [each["auto_map"] for each in _objects(folder, name) if "auto_map" in each]
+            entries = [table["auto_map"] for table in _objects(folder, name) if "auto_map" in table]
             if entries:
                 found[name] = [text for text in nested_values(entries) if isinstance(text, str)]
     return found
@@ -92,7 +92,7 @@ def _config_files(folder: Path) -> Iterator[str]:
 def _objects(folder: Path, name: str) -> Iterator[dict[str, Any]]:
     """Returns the object in the JSON file `name` of `folder` and every object in it."""
     held = parse_object(read_bytes(folder, name, MAX_CONFIG_BYTES), str(folder / name))
-    return (each for each in nested_values(held) if isinstance(each, dict))
+    return (table for table in nested_values(held) if isinstance(table, dict))
 
 
 def check_code(folder: Path) -> None:
@@ -120,7 +120,7 @@ def check_code(folder: Path) -> None:
 
 def _refuse_audio(folder: Path) -> None:
     processor, own = "processor_config.json", f"{AUDIO}_config.json"
-    named = os.path.lexists(folder / processor) and any(AUDIO in each for each in _objects(folder, processor))
+    named = os.path.lexists(folder / processor) and any(AUDIO in table for table in _objects(folder, processor))
     if named or os.path.lexists(folder / own):
         where = folder / (processor if named else own)
         raise InputError(
@@ -129,8 +129,8 @@ def _refuse_audio(folder: Path) -> None:
 
 
 def _refuse_kernels(folder: Path) -> None:
-    for name in filter(lambda each: os.path.lexists(folder / each), _config_files(folder)):
-        for key, value in (item for each in _objects(folder, name) for item in each.items()):
+    for name in filter(lambda file: os.path.lexists(folder / file), _config_files(folder)):
+        for key, value in (item for table in _objects(folder, name) for item in table.items()):
             repository = next((text for text in nested_values(value) if isinstance(text, str) and "/" in text), None)
             if key.endswith(IMPLEMENTATION) and repository:
                 raise InputError(

@@ -161,7 +161,7 @@ class Gate(Intervention):
             "auc": {kind: auc(score, negatives) for kind, score in scores.items()},
             "opens": {kind: float((score > self.t0).double().mean()) for kind, score in scores.items()},
             "fires_elsewhere": firing(Detector(self.detector, self.t0, self.t1, self.unit), examples.other),
-            "distance_to_clip": {f"{beta:g}": float((each - ideal).abs().max()) for beta, each in ramps.items()},
+            "distance_to_clip": {f"{beta:g}": float((ramp - ideal).abs().max()) for beta, ramp in ramps.items()},
         }
 
 

@@ -162,7 +162,7 @@ def _encoded(processor: ProcessorMixin, asked: Sequence[PicturedQuestion], where
 
 def _templated(processor: ProcessorMixin, asked: Sequence[PicturedQuestion]) -> BatchFeature:
     batch: BatchFeature = _as_any(processor).apply_chat_template(
-        [_turns(each) for each in asked],
+        [_turns(question) for question in asked],
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
@@ -173,7 +173,7 @@ def _templated(processor: ProcessorMixin, asked: Sequence[PicturedQuestion]) -> 
 
 
 def _formed(processor: ProcessorMixin, form: Form, asked: Sequence[PicturedQuestion]) -> BatchFeature:
-    words = [words_of(processor, each) for each in asked]
+    words = [words_of(processor, question) for question in asked]
     pictures = [picture for _, picture in asked if picture is not None]
     taking, common = _as_any(processor), {"padding": True, "return_tensors": "pt"}
     if pictures or form.alone is None:

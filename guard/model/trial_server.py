@@ -160,7 +160,7 @@ def _check_template(processor: ProcessorMixin, folder: Path, picture: Image) -> 
 
     advice = f"write the one that was published with the model to {TEMPLATE_FILE}"
     try:
-        alone, shown = (words_of(processor, (QUESTION, each)) for each in (None, picture))
+        alone, shown = (words_of(processor, (QUESTION, image)) for image in (None, picture))
     except MemoryError:
         raise
     except Exception as error:  # a template is a program of others

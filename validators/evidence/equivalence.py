@@ -146,7 +146,7 @@ def _compare(
     source: Checkpoint, folded: Checkpoint | Adapted, guard: Guard, fold: Fold, rounding: Rounding, dtype: torch.dtype
 ) -> Equivalence:
     dtypes = {name: folded.info(name).dtype for name in fold.edits}
-    rounded = any(DTYPES[each].itemsize < dtype.itemsize for each in dtypes.values())
+    rounded = any(DTYPES[dtype_name].itemsize < dtype.itemsize for dtype_name in dtypes.values())
     with bar() as progress:
         task = progress.add_task("equivalence", total=4 if rounded else 3)
         with streamed(source, dtype=dtype) as model:
@@ -163,7 +163,7 @@ def _compare(
             got, tokens = _logits(model, batches), _greedy(model, generated)
         progress.advance(task)
         exact_logits = got
-        scale = max(float(each.abs().max()) for each in original.values())
+        scale = max(float(logits.abs().max()) for logits in original.values())
         if not 0 < scale < math.inf:
             raise InputError(f"{source.folder}: its logits are zero or not finite; weights or config are damaged")
         if rounded or fold.left_out:
@@ -206,12 +206,12 @@ def _running(folded: Checkpoint | Adapted, dtype: torch.dtype) -> AbstractContex
 
 
 def _in(dtype: torch.dtype, batch: BatchFeature) -> BatchFeature:
-    floats = {name: each.to(dtype) for name, each in batch.items() if _floats(each)}
+    floats = {name: tensor.to(dtype) for name, tensor in batch.items() if _floats(tensor)}
     return BatchFeature({**batch, **floats})
 
 
-def _floats(each: object) -> bool:
-    return isinstance(each, Tensor) and each.is_floating_point()
+def _floats(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _distance(a: Logits, b: Logits, scale: float) -> float:

@@ -117,7 +117,7 @@ def inspect_adapters(adapted: Adapted) -> Integrity:
         held = Checkpoint(folder, {}, (read_shard(folder, WEIGHTS_FILE),), None)
         found = get_peft_model_state_dict(loaded, adapter_name=name, save_embedding_layers=False)
         astray = set(held.tensors) ^ set(found)
-        failures += [f"{each}: PEFT loads it nowhere" for each in sorted(astray)]
+        failures += [f"{tensor}: PEFT loads it nowhere" for tensor in sorted(astray)]
         failures += [
             f"{tensor} is not what PEFT loads"
             for tensor in sorted(set(held.tensors) & set(found))

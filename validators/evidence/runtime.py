@@ -149,7 +149,7 @@ def agreement(runner: Runner, batches: Batches, reference: Reference, hooked: Re
 
     Raises InputError if the batches are not those that torch saw.
     """
-    scale = max(float(each.logits.abs().max()) for each in reference.values())
+    scale = max(float(observed.logits.abs().max()) for observed in reference.values())
     prefill, decode, pieces, hooks, equal, seconds = [], [], [], [], [], 0.0
     for name, batch in batches.items():
         said = reference[name]
@@ -170,7 +170,7 @@ def agreement(runner: Runner, batches: Batches, reference: Reference, hooked: Re
         start = time.perf_counter()
         list(runner.tokens(batch, GREEDY_TOKENS, said.ends))
         seconds += time.perf_counter() - start
-    count = sum(len(each) for each in equal)
+    count = sum(len(rows) for rows in equal)
     agree = Agreement(
         precision=runner.precision.name,
         device=runner.device,
@@ -181,7 +181,7 @@ def agreement(runner: Runner, batches: Batches, reference: Reference, hooked: Re
         hooked=_largest(hooks) / scale if hooked else None,
         greedy=int(torch.cat(equal).sum()) / count,
         greedy_tokens=count,
-        speed=(count / seconds, count / sum(each.seconds for each in reference.values())),
+        speed=(count / seconds, count / sum(observed.seconds for observed in reference.values())),
     )
     return replace(agree, failures=tuple(_failures(agree, runner.precision)))
 

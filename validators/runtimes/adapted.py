@@ -44,8 +44,8 @@ def attach(model: PreTrainedModel, folder: Path) -> Any:
 
     Raises InputError if PEFT cannot load them.
     """
-    for each in folders(folder):
-        read_shard(each, WEIGHTS_FILE)
+    for place in folders(folder):
+        read_shard(place, WEIGHTS_FILE)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a tied embedding is meant to be adapted alone

@@ -68,7 +68,7 @@ class Adapter:
     def config(self, base: str, revision: str | None) -> LoraConfig:
         ranks = {**self.modules, **self.parameters}
         (rank, _), *_ = Counter(sorted(ranks.values(), reverse=True)).most_common()
-        other = {name: each for name, each in ranks.items() if each != rank}
+        other = {name: other_rank for name, other_rank in ranks.items() if other_rank != rank}
         return LoraConfig(
             base_model_name_or_path=base,
             revision=revision,
@@ -174,7 +174,8 @@ def adapters(checkpoint: Checkpoint, family: Family, fold: Fold) -> tuple[list[A
     by_bias = {False: Adapter(False), True: Adapter(True)}
     targets, left_out = _targets(checkpoint, layout, family, fold)
     written = {target.memory for target in targets}
-    for memory, module, writer, form in ((each.memory, each.module, each.writer, each.form) for each in targets):
+    for target in targets:
+        memory, module, writer, form = target.memory, target.module, target.writer, target.form
         name, _, leaf = memory.rpartition(".")
         edits = [edit for edit in fold.edits[writer.disk] if isinstance(edit, Projecting | AddProduct)]
         shape = tuple(model.get_parameter(memory).shape)
@@ -191,8 +192,8 @@ def adapters(checkpoint: Checkpoint, family: Family, fold: Fold) -> tuple[list[A
             to.tensors |= {f"{PREFIX}{name}.{suffix}": tensor for suffix, tensor in _linear(module, none).items()}
             to.modules[name] = 1
     made = [adapter for adapter in by_bias.values() if adapter.tensors]
-    for each in made:
-        each.rename_for(model)
+    for adapter in made:
+        adapter.rename_for(model)
     return made, left_out
 
 
@@ -227,8 +228,8 @@ def _stacked(module: nn.Module, update: AddProduct) -> dict[str, Tensor]:
     """
     if update.right.ndim == 2:
         return _linear(module, update)
-    each = update.turned() if getattr(module, "is_transposed", False) else update
-    return {"lora_A.weight": each.right.flatten(0, 1), "lora_B.weight": each.left.permute(1, 2, 0).flatten(1)}
+    turned = update.turned() if getattr(module, "is_transposed", False) else update
+    return {"lora_A.weight": turned.right.flatten(0, 1), "lora_B.weight": turned.left.permute(1, 2, 0).flatten(1)}
 
 
 LowRankEdit = Projecting | AddProduct
