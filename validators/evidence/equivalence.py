@@ -107,8 +107,8 @@ def _logits(model: PreTrainedModel, batches: Batches) -> Logits:
         mask = batch["attention_mask"].bool()
         kept = torch.linspace(0, mask.shape[1] - 1, min(POSITIONS, mask.shape[1])).round().long()
         logits = forward(model, batch, use_cache=False, logits_to_keep=kept).logits
-        said = logits[mask[:, kept]]
-        compared[name] = said.where(said.abs() < NEVER_SAID, 0)
+        kept_logits = logits[mask[:, kept]]
+        compared[name] = kept_logits.where(kept_logits.abs() < NEVER_SAID, 0)
     return compared
 
 

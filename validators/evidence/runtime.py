@@ -152,23 +152,23 @@ def agreement(runner: Runner, batches: Batches, reference: Reference, hooked: Re
     scale = max(float(observed.logits.abs().max()) for observed in reference.values())
     prefill, decode, pieces, hooks, equal, seconds = [], [], [], [], [], 0.0
     for name, batch in batches.items():
-        said = reference[name]
-        if not torch.equal(batch["input_ids"], said.batch["input_ids"]):
+        observed = reference[name]
+        if not torch.equal(batch["input_ids"], observed.batch["input_ids"]):
             raise InputError(f"{runner.folder}: its processor makes other tokens of a prompt than the model's own")
         real = batch["attention_mask"].bool()
         logits, state = runner.prefill(batch)
-        prefill.append(_distance(logits[real], said.logits))
+        prefill.append(_distance(logits[real], observed.logits))
         if not runner.path.prefix:
             pieces.append(_distance(runner.prefill(batch, real.shape[1] // 2)[0][real], logits[real]))
         if hooked:
             hooks.append(_distance(logits[real], hooked[name].logits))
         last = logits[:, -1]
-        for token, expected in zip(said.tokens.T, said.steps, strict=True):
+        for token, expected in zip(observed.tokens.T, observed.steps, strict=True):
             decode.append(_distance(last, expected))
-            equal.append(_chosen(last, said.ends) == token)
+            equal.append(_chosen(last, observed.ends) == token)
             last, state = runner.step(token, state)
         start = time.perf_counter()
-        list(runner.tokens(batch, GREEDY_TOKENS, said.ends))
+        list(runner.tokens(batch, GREEDY_TOKENS, observed.ends))
         seconds += time.perf_counter() - start
     count = sum(len(rows) for rows in equal)
     agree = Agreement(

@@ -23,8 +23,8 @@ TERMINAL_COLOURS = {"safer": "green", "not safer": "red", "undecided": "yellow"}
 
 def render(evidence: Evidence) -> RenderableType:
     """Renders what each piece of evidence has to say, in the order of reports, then the ruling with its reasons."""
-    said = (part for piece in EVIDENCE.values() for part in piece.lines(evidence.found))
-    return Group(*said, *_ruling(evidence.ruling, evidence.reasons))
+    lines = (part for piece in EVIDENCE.values() for part in piece.lines(evidence.found))
+    return Group(*lines, *_ruling(evidence.ruling, evidence.reasons))
 
 
 def render_served(behaviours: Mapping[str, Behaviour], verdict: Verdict | None) -> RenderableType:
