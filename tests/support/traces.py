@@ -14,6 +14,9 @@ from guardfold.export.checkpoint.headers import Checkpoint
 from guardfold.export.formats.onnx.graphs import Traced
 from guardfold.guard.guard import Guard
 
+FOR_CLIENTS = "transformers.js_config"
+"""An entry of config.json that is no part of the model's."""
+
 
 @contextmanager
 def traced_once() -> Iterator[None]:
@@ -22,7 +25,8 @@ def traced_once() -> Iterator[None]:
     trace = Traced.of
 
     def once(checkpoint: Checkpoint, compute: torch.dtype, guard: Guard | None) -> Traced:
-        key = repr(checkpoint.config), compute, guard and guard.hash
+        config = {name: value for name, value in checkpoint.config.items() if name != FOR_CLIENTS}
+        key = repr(config), compute, guard and guard.hash
         if key not in kept:
             kept[key] = trace(checkpoint, compute, guard)
         return replace(kept[key], checkpoint=checkpoint)
