@@ -104,15 +104,6 @@ def test_one_interpreter_tries_all_keeps_nothing_of_them_and_is_replaced_when_it
     assert len(started) == 2
 
 
-def test_an_interpreter_that_nobody_asks_ends(
-    model: Path, started: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(trial, "IDLE_SECONDS", 0.1)
-    load_processor(model)
-    with within(60):
-        assert started[0].wait() == 0
-
-
 SEEN = """
 import os, resource, signal
 from pathlib import Path
@@ -135,9 +126,10 @@ class Seeing(LlavaProcessor):
 
 
 def test_the_process_that_tries_has_bounds_one_thread_and_no_file_but_its_socket(
-    model: Path, tmp_path: Path, started: list[subprocess.Popen[bytes]]
+    model: Path, tmp_path: Path, started: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Seen from within, by a processor that is code."""
+    """Seen from within, by a processor that is code. An interpreter that nobody asks anything ends."""
+    monkeypatch.setattr(trial, "IDLE_SECONDS", 0.1)
     seen = tmp_path / "seen"
     (model / "seeing.py").write_text(SEEN.replace("SEEN", repr(str(seen))))
     change_json(model / "processor_config.json", auto_map={"AutoProcessor": "seeing.Seeing"})
@@ -147,6 +139,8 @@ def test_the_process_that_tries_has_bounds_one_thread_and_no_file_but_its_socket
     found = ast.literal_eval(seen.read_text())
     assert 0 < found.pop("seconds") <= 120
     assert found == {"files": ["/dev/null", "/dev/null", "socket"], "threads": "1", "limited": True, "alarm": True}
+    with within(60):
+        assert started[0].wait() == 0
 
 
 def test_an_interpreter_that_does_not_start_is_said(
