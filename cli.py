@@ -23,7 +23,7 @@ from .options import (
     QA,
     AdapterOption,
     AllowPartial,
-    Anchors,
+    AnchorsOption,
     Benign,
     CreatePR,
     FamilyFile,
@@ -39,11 +39,11 @@ from .options import (
     OnnxWeights,
     PlacementOption,
     Private,
-    Probes,
+    ProbesOption,
     ProviderOption,
     PushTo,
     Rank,
-    Rate,
+    RateOption,
     RefusalsFile,
     Revision,
     RoundingOption,
@@ -108,13 +108,13 @@ def export(
     layers: Layers = None,
     rank: Rank = 1,
     strength: Strength = None,
-    false_positive_rate: Rate = None,
+    false_positive_rate: RateOption = None,
     placement: PlacementOption = "recycle",
-    anchors: Anchors = None,
+    anchors: AnchorsOption = None,
     benign: Benign = None,
     family: FamilyFile = None,
     adapter: AdapterOption = None,
-    probes: Probes = None,
+    probes: ProbesOption = None,
     qa: QA = None,
     judge: JudgeOption = None,
     refusals: RefusalsFile = None,
@@ -204,9 +204,9 @@ def extract(
     layers: Layers = None,
     rank: Rank = 1,
     strength: Strength = None,
-    false_positive_rate: Rate = None,
+    false_positive_rate: RateOption = None,
     placement: PlacementOption = "recycle",
-    anchors: Anchors = None,
+    anchors: AnchorsOption = None,
     benign: Benign = None,
     family: FamilyFile = None,
     adapter: AdapterOption = None,
@@ -250,7 +250,7 @@ def check(
     against: Annotated[
         str | None, typer.Option("--against", help="The model the folder was made from. " + MODEL_HELP)
     ] = None,
-    probes: Probes = None,
+    probes: ProbesOption = None,
     qa: QA = None,
     judge: JudgeOption = None,
     refusals: RefusalsFile = None,
@@ -364,14 +364,14 @@ def chat(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Ask a folder's model one question, in torch or onnxruntime, and see the answer as it is made."""
-    from .validators.runtimes.chat import answer
+    from .validators.runtimes.chat import answer_in_pieces
 
     _begin(model)
 
     def say(piece: str) -> None:
         typer.echo(piece, nl=False)
 
-    answer(
+    answer_in_pieces(
         model,
         prompt,
         image,

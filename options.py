@@ -37,7 +37,7 @@ Strength = Annotated[
     float | None,
     typer.Option(help="Share of the component to remove, above 0 and up to 1. Default: chosen on validation."),
 ]
-Rate = Annotated[
+RateOption = Annotated[
     float | None,
     typer.Option(
         "--false-positive-rate",
@@ -62,14 +62,14 @@ Benign = Annotated[
         "Default: the model folder's own benign.jsonl, else the built-in ones."
     ),
 ]
-Anchors = Annotated[
+AnchorsOption = Annotated[
     Path | None,
     typer.Option(
         help="Paired queries, JSONL or CSV with columns harmful and harmless. "
         "Default: the model folder's own anchors.jsonl, else the built-in ones."
     ),
 ]
-Probes = Annotated[
+ProbesOption = Annotated[
     list[str] | None,
     typer.Option(
         "--evaluation-prompts",

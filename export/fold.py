@@ -29,6 +29,7 @@ from .checkpoint.edits import (
     SetColumns,
     SetRows,
 )
+from .checkpoint.layout import Shape
 from .families.table import MLP, Family, PostNorm, Writer
 
 Placement = Literal["recycle", "widen"]
@@ -42,7 +43,6 @@ SMALLEST_GAIN = 1e-3
 """A post-norm whose gains span more than this (least to largest) is not folded: what is divided by them would explode.
 """
 
-Shape = tuple[int, ...]
 Read = Callable[[str], Tensor]
 """Tensor's name on disk -> the tensor."""
 

@@ -27,7 +27,7 @@ from .interventions.base import PerLayer
 FORMAT = "guardfold-guard/1"
 REFERENCE = "reference"
 MAX_GUARD_BYTES = 256 * 2**20
-MAX_HEADER_BYTES = 16 * 2**20
+MAX_GUARD_HEADER_BYTES = 16 * 2**20
 """Of a guard file: its provenance, mostly."""
 
 
@@ -50,8 +50,8 @@ class Guard:
                 layer = min(places & taken)[0]
                 raise InputError(f"two interventions would overwrite the same neurons of layer {layer}")
             taken |= places
-        erasing = next((each.kind for each in self.interventions if each.erases_stream), None)
-        adding = next((each.kind for each in self.interventions if each.adds), None)
+        erasing = next((intervention.kind for intervention in self.interventions if intervention.erases_stream), None)
+        adding = next((intervention.kind for intervention in self.interventions if intervention.adds), None)
         if erasing and adding:
             raise InputError(f"a {erasing} would erase what a {adding} writes; project sublayers instead")
 
@@ -142,7 +142,7 @@ def _header(data: bytes, where: str) -> dict[str, Any]:
     otherwise.
     """
     length = int.from_bytes(data[:8], "little")
-    if length > MAX_HEADER_BYTES:
+    if length > MAX_GUARD_HEADER_BYTES:
         raise InputError(f"{where}: damaged guard file (a header of {length} bytes)")
     metadata = parse_object(data[8 : 8 + length], where).get("__metadata__", {})
     header = parse_object(metadata.get("guardfold", "{}").encode(), where)

@@ -26,7 +26,7 @@ from ..validators.behaviour.verdict import LIMITS, Limits, Verdict, judge_guard
 from ..validators.evidence.evidence import NOT_MEASURED, Evidence
 from ..validators.runtimes.endpoint import Endpoint
 from .examining import Examiner
-from .sources import based_on, opened
+from .sources import based_on, open_source
 
 
 @trusting_if_asked
@@ -49,7 +49,7 @@ def check_guarded(
 
     Raises InputError if either cannot be loaded or `folder` brings no guard file.
     """
-    origin, guard = opened(against, family_file), Guard.load(folder / GUARD_FILE, folder)
+    origin, guard = open_source(against, family_file), Guard.load(folder / GUARD_FILE, folder)
     rounding = written_rounding(folder)
     form = next((cls for cls in FORMATS.values() if not cls.derived and cls.found(folder)), Safetensors)()
     with based_on(origin, adapter, folder.parent) as model, threads_for(model.folder), TemporaryDirectory() as aside:

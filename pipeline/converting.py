@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 from ..export.checkpoint.staging import staging
 from ..export.fold import Fold
-from ..export.formats.base import Ask, Format, Held
+from ..export.formats.base import Format, FormatRequest, Held
 from ..export.model import OpenModel
 from ..export.publish.card import extend_card
 from ..export.publish.manifest import GUARD_FILE, extend_manifest, load_manifest
@@ -48,7 +48,7 @@ def convert(
     for difference in differences(folder, manifest):
         raise InputError(f"{folder / difference}, so it is not what was measured; guard the original model again")
     for form in chosen:
-        form.check(Ask(model, tuple(map(type, guard.interventions))))
+        form.check(FormatRequest(model, tuple(map(type, guard.interventions))))
     target, held = output_for(model, output or f"{name}-{chosen[-1].name}"), Held(guard, Fold({}))
     with staging(target, overwrite) as stage, threads_for(folder):
         for file in (GUARD_FILE, *reports()):

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from ..export.checkpoint.rewrite import Writing
 from ..export.checkpoint.staging import MANIFEST, check_room, staging
 from ..export.formats import Formats
-from ..export.formats.base import Ask, Format, Held
+from ..export.formats.base import Format, FormatRequest, Held
 from ..export.formats.safetensors import Safetensors
 from ..export.model import OpenModel
 from ..export.publish.hub import Target, push
@@ -27,7 +27,7 @@ from .converting import convert
 from .describing import describe
 from .examining import Examiner, vouched
 from .results import Export, refuse_unsound
-from .sources import based_on, opened, output_for
+from .sources import based_on, open_source, output_for
 from .writing import write_all
 
 
@@ -76,7 +76,7 @@ def export_guarded(
         push_to.check()
         if skip_behaviour and not allow_weaker:
             raise InputError("--skip-behaviour: what was not measured is not pushed (--allow-weaker overrides)")
-    source = opened(model, options.family)
+    source = open_source(model, options.family)
     if (source.folder / MANIFEST).is_file() and any(form.derived for form in formats.chosen):
         made = convert(source, formats.chosen, output, options, overwrite)
     else:
@@ -143,7 +143,7 @@ def _guard(
     """
     given = given_guard(options)
     kinds = tuple(map(type, given.interventions)) if given else kinds_of(options)
-    ask = Ask(source, kinds, None if given else options.guard, adapter, terms.allow_partial)
+    ask = FormatRequest(source, kinds, None if given else options.guard, adapter, terms.allow_partial)
     order = _in_order(formats, ask.in_weights and (given is None or source.holds(given)))
     for form in order:
         form.check(ask)

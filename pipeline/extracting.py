@@ -11,7 +11,7 @@ from ..guard.base.untrusted import is_file, is_folder
 from ..guard.guard import Guard
 from ..guard.presets import presets
 from ..validators.behaviour.making import GuardOptions, guard_of
-from .sources import based_on, opened
+from .sources import based_on, open_source
 
 
 @trusting_if_asked
@@ -23,7 +23,7 @@ def extract_guard(model: str, options: GuardOptions | None = None, *, trust_remo
     Refused if no candidate is within the limits or the detector cannot tell harmful prompts apart.
     """
     options = options or GuardOptions()
-    return guard_of(opened(model, options.family), options)
+    return guard_of(open_source(model, options.family), options)
 
 
 @trusting_if_asked
@@ -46,7 +46,7 @@ def extract_to(
         raise InputError(f"{output.parent}: no such folder")
     if options.guard not in presets():
         raise InputError(f"--guard {options.guard}: extraction takes a preset ({', '.join(presets())})")
-    with based_on(opened(model, options.family), adapter, output.parent) as base:
+    with based_on(open_source(model, options.family), adapter, output.parent) as base:
         guard = guard_of(base, options)
     guard.save(output)
     return guard

@@ -25,7 +25,7 @@ from ..guard.model.vlm import located, resolve
 from ..validators.evidence.loaded import check_loaded
 
 
-def opened(model: str, family_file: Path | None = None) -> OpenModel:
+def open_source(model: str, family_file: Path | None = None) -> OpenModel:
     """Returns the model called `model`: demo, alias, hub id or folder. Raises InputError if it cannot be had."""
     folder, name = resolve(model)
     return OpenModel(Source(name, folder), folder, family_file)

@@ -30,12 +30,29 @@ from hub_server import HubServer
 from transformers.utils import logging
 from zoo import Tiny
 
+from guardfold.guard.model import trial
 from guardfold.guard.model.vlm import VLM, load
 
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 torch.set_num_threads(1)
 logging.set_verbosity_error()
 logging.disable_progress_bar()
+trial.IDLE_SECONDS = 3600.0  # one interpreter for all trials
+
+
+SLOWEST_FIRST = (
+    *("cli/test_guarded_demo", "export/families/test_families", "export/test_weight_edits", "cli/test_onnx_export"),
+    *("cli/test_cli", "export/checkpoint/test_crash", "cli/test_adapter_command", "pipeline/test_output"),
+    *("guard/base/test_trust", "export/formats/test_onnx_graphs", "pipeline/test_export", "export/test_gate_fold"),
+    *("validators/runtimes/test_endpoint", "pipeline/test_opened_once", "validators/evidence/test_mutations"),
+)
+"""Files that take more than half a minute. What is left for the end is short, so that both processes end together."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    places = {here / f"{name}.py": place for place, name in enumerate(SLOWEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(scope="session")

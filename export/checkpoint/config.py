@@ -73,7 +73,7 @@ def _faults(checkpoint: Checkpoint, family: Family, fold: Fold, config: Mapping[
     embedding = checkpoint.shapes[family.embedding]
     head = {family.untied_head: embedding} if fold.untie else {}
     yield from Layout(model, {**checkpoint.shapes, **fold.grown, **head}).faults()
-    before, after = (dict(_leaves(each.config.to_dict())) for each in (meta_model(checkpoint.folder), model))
+    before, after = (dict(_leaves(built.config.to_dict())) for built in (checkpoint.model, model))
     for path in sorted(path for path in {*before, *after} if before.get(path) != after.get(path)):
         if path[-1] not in {*_changes(family, fold), PLACE}:
             yield f"{'.'.join(path)} would be {after.get(path)!r}, and is {before.get(path)!r}"

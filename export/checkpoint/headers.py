@@ -20,13 +20,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...guard.base.errors import InputError, first_line
-from ...guard.base.untrusted import inside, open_regular, parse_object, read_bytes
+from ...guard.base.hub import MAX_INDEX_BYTES
+from ...guard.base.untrusted import nested_values, open_regular, parse_object, read_bytes
 from ...guard.model.loading import DTYPES as LOADED_IN
 from ...guard.model.vlm import check_weights, meta_model, read_config
 
 MAX_HEADER_BYTES = 100 * 2**20
 """The limit that the safetensors format itself sets for a header."""
-MAX_INDEX_BYTES = 64 * 2**20
 MAX_DIMENSIONS = 8
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -188,8 +188,8 @@ class Checkpoint:
 
 
 def _refuse_quantised(folder: Path, config: dict[str, Any]) -> None:
-    parts = (part for part in inside(config) if isinstance(part, dict))
-    found = next((each for part in parts if (each := part.get("quantization_config")) is not None), None)
+    parts = (part for part in nested_values(config) if isinstance(part, dict))
+    found = next((entry for part in parts if (entry := part.get("quantization_config")) is not None), None)
     if found is not None:
         method = found.get("quant_method") if isinstance(found, dict) else None
         raise InputError(f"{folder}: quantised ({method or 'quantization_config in config.json'}); {QUANTISED}")

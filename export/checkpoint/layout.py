@@ -80,7 +80,9 @@ class Layout:
         self._model, self._state = model, model.state_dict(keep_vars=True)
         self._renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
         self._converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-        self._converter_of = {pattern: each for each in self._converters for pattern in each.source_patterns}
+        self._converter_of = {
+            pattern: converter for converter in self._converters for pattern in converter.source_patterns
+        }
         self._groups: dict[str, tuple[WeightConverter, list[tuple[str, str]]]] = {}
         self._group_of: dict[str, str] = {}
         self._doubles: list[tuple[str, str, str]] = []
@@ -185,7 +187,7 @@ class Layout:
             made = converter.convert(first, model=self._model, config=self._model.config)
         except Exception as error:  # foreign shapes can break a conversion in any way
             raise InputError(f"tensor {sources[0][0]!r}: transformers cannot make {first} of it ({error})") from error
-        return {name: each[0] if isinstance(each, list) else each for name, each in made.items()}
+        return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
 
     def assemble(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
         """Parameter `name`, made of its tensors on disk, which `read` gives whole by their names."""

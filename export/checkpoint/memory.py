@@ -45,7 +45,7 @@ def drop_mapped(files: Collection[Path]) -> None:
         for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
             area, *_, path = line.split(maxsplit=5)
             if path in real:
-                begin, end = (int(each, 16) for each in area.split("-"))
+                begin, end = (int(bound, 16) for bound in area.split("-"))
                 libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), MADV_DONTNEED)
 
 

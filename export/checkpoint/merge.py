@@ -100,8 +100,8 @@ def updates(checkpoint: Checkpoint, folder: Path) -> dict[str, list[Edit]]:
     entries = _Entries(folder, {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()})
     edits: dict[str, list[Edit]] = {}
     for memory, edit in _edits(model, entries, layout):
-        for disk, each in _on_disk(layout, memory, edit, checkpoint, folder):
-            edits.setdefault(disk, []).append(each)
+        for disk, on_disk in _on_disk(layout, memory, edit, checkpoint, folder):
+            edits.setdefault(disk, []).append(on_disk)
     entries.check_all_taken()
     return edits
 
@@ -110,25 +110,25 @@ def _read_config(folder: Path) -> LoraConfig:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise InputError(f"{folder}: no {CONFIG_FILE}; --adapter takes a PEFT adapter's folder or hub id")
-    said = parse_object(read_bytes(folder, CONFIG_FILE, MAX_CONFIG_BYTES), str(path))
-    if said.get("peft_type") != "LORA":
-        raise InputError(f"{path}: peft_type {said.get('peft_type')!r}; only LORA adapters are merged")
+    settings = parse_object(read_bytes(folder, CONFIG_FILE, MAX_CONFIG_BYTES), str(path))
+    if settings.get("peft_type") != "LORA":
+        raise InputError(f"{path}: peft_type {settings.get('peft_type')!r}; only LORA adapters are merged")
     for name in NOT_MERGED:
-        if said.get(name):
+        if settings.get(name):
             raise InputError(f"{path}: {name} is set; such adapters are not merged")
-    if said.get("bias", "none") != "none":
-        raise InputError(f"{path}: bias {said['bias']!r}; PEFT does not load such biases, so they are not merged")
-    if said.get("init_lora_weights") not in UPDATES_ONLY:
+    if settings.get("bias", "none") != "none":
+        raise InputError(f"{path}: bias {settings['bias']!r}; PEFT does not load such biases, so they are not merged")
+    if settings.get("init_lora_weights") not in UPDATES_ONLY:
         raise InputError(
-            f"{path}: init_lora_weights {said['init_lora_weights']!r} changes the base's weights as well; save the "
+            f"{path}: init_lora_weights {settings['init_lora_weights']!r} changes the base's weights as well; save the "
             "adapter with path_initial_model_for_weight_conversion first"
         )
     known = {field.name for field in fields(LoraConfig)}
-    unknown = sorted(name for name in set(said) - known - set(DESCRIPTIVE) if said[name])
+    unknown = sorted(name for name in set(settings) - known - set(DESCRIPTIVE) if settings[name])
     if unknown:
         raise InputError(f"{path}: unknown setting {unknown[0]!r}; a newer PEFT may know it")
     try:
-        return LoraConfig(**{name: said[name] for name in known & set(said) - {"peft_type"}})
+        return LoraConfig(**{name: settings[name] for name in known & set(settings) - {"peft_type"}})
     except Exception as error:  # foreign settings can break it in any way
         raise InputError(f"{path}: not a sound LoRA config ({error})") from error
 
@@ -269,7 +269,7 @@ def _taken_apart(
             if not (operation.check_dims and tuple(shapes[stored.disk[0]]) == shape):
                 parts, shape = [part.turned() for part in parts], (*shape[:-2], shape[-1], shape[-2])
         elif isinstance(operation, MergeModulelist) and operation.dim == 0 and len(parts) == 1:
-            parts = [AddProduct(*each) for each in zip(parts[0].left, parts[0].right, strict=True)]
+            parts = [AddProduct(*factors) for factors in zip(parts[0].left, parts[0].right, strict=True)]
             shape = shape[1:]
         else:
             return None

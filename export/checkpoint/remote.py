@@ -13,7 +13,7 @@ from ...guard.base.errors import InputError
 from ...guard.base.hub import download_config, hub_errors, retried
 from .headers import INDEX_FILE, SINGLE_FILE, header_bytes, index_shards
 
-AT_ONCE = 8
+RANGES_AT_ONCE = 8
 """Headers that are asked for at the same time."""
 
 
@@ -31,7 +31,7 @@ def headers_only_copy(hub_id: str, revision: str | None, to: Path) -> Path:
         files, commit = HfFileSystem(), snapshot.name
         single = not (to / INDEX_FILE).is_file() or _size(files, f"{hub_id}@{commit}/{SINGLE_FILE}") is not None
         names = [SINGLE_FILE] if single else index_shards(to)
-        with ThreadPoolExecutor(AT_ONCE) as pool, ExitStack() as stack:
+        with ThreadPoolExecutor(RANGES_AT_ONCE) as pool, ExitStack() as stack:
             stack.callback(pool.shutdown, cancel_futures=True)
             for _ in pool.map(lambda name: _headers_only(files, f"{hub_id}@{commit}/{name}", to / name), names):
                 pass

@@ -180,7 +180,7 @@ class _Plan:
             if first.edits is not None:
                 _write_edited(source, target, self.shard, first, to, rounding)
             if first.source and last.source:
-                begin, end = (self.shard.data_start + each for each in (first.source.begin, last.source.end))
+                begin, end = (self.shard.data_start + offset for offset in (first.source.begin, last.source.end))
                 if first.edits is None:
                     copy_range(source, target, begin, end, to, self.shard.path)
                 if self.passing:

@@ -45,7 +45,7 @@ CANDIDATES, FINE = 512, 64
 SPARE = 2**18
 """Entries that candidates may be where columns are few, as in a bias: so many cost next to nothing."""
 
-ROUNDS = 2
+REPAIR_ROUNDS = 2
 """Of multipliers; a third hardly improves on the second, for the last step finishes what is left."""
 
 FINISHING, FINISHING_A_RANK = 256, 64
@@ -104,15 +104,21 @@ def repaired(folded: Folded, dtype: torch.dtype, basis: Tensor, axis: int) -> It
     dtype: float16 or bfloat16.  basis: V, [m, d], float32; rows need not be orthonormal.  axis: the one of the tensor
     that is d long; the others number columns.
     """
+    # a. No entries, nothing to make up for.
     if not all(folded.shape):
         return nearest(folded, dtype)
-    return _by_rows(folded, dtype, basis) if axis == 0 else _by_slices(folded, dtype, basis, axis)
+    # b. V along the first axis: a block of rows is a part of every column, and R is known after the last one.
+    if axis == 0:
+        return _by_rows(folded, dtype, basis)
+    # c. V along another: a slice of the first axis has whole columns, and is done when it has been read.
+    return _by_slices(folded, dtype, basis, axis)
 
 
 def candidates(basis: Tensor, columns: int) -> Tensor:
     """Returns which of the d rows make up for the others, in their order: all of them if d <= CANDIDATES or columns are
     few.
     """
+    # 1. The largest |v_i| make up for most; the evenly spaced others, down to the smallest, for what those overshoot.
     order = basis.norm(dim=0).argsort(descending=True)
     count = max(CANDIDATES, SPARE // columns)
     if len(order) > count:
@@ -140,7 +146,8 @@ def _by_rows(folded: Folded, dtype: torch.dtype, basis: Tensor) -> Iterator[Bloc
         place, end = torch.searchsorted(chosen, torch.tensor([first, last])).tolist()
         held.index_copy_(0, places[place:end], exact[chosen[place:end] - first])
         rounded = exact.to(dtype)
-        residual.addmm_(others[:, first:last], rounded.float().sub_(exact))
+        residual.addmm_(others[:, first:last], rounded.float().sub_(exact))  # R += V (W' - W), candidates left out
+        # What lies between two candidates is final; a candidate itself is yielded after the last block.
         edges = [first - 1, *chosen[place:end].tolist(), last]
         yield rounded.reshape(shape), [Run(a + 1, b, a + 1 - first) for a, b in pairwise(edges) if a + 1 < b]
     chosen = chosen[order]
@@ -196,15 +203,17 @@ def repair(held: Tensor, dtype: torch.dtype, basis: Tensor, residual: Tensor, fi
     held: [K, n], float32; changed in place, for a second copy would count.  basis: V, [m, K].  residual: R of all rows
     but these, [m, n]; it becomes that of all.  finishing: so many of the first candidates take the third step.
     """
-    inverse = torch.linalg.pinv(basis @ basis.T, hermitian=True)
+    inverse = torch.linalg.pinv(basis @ basis.T, hermitian=True)  # pinv: rows of V may depend on one another
     priced = math.ceil(PRICED * finishing)
     errors = _used_again("errors", (priced, held.shape[1]), ERRORS)
+    # 2. By multipliers, columns by columns; the errors of those that the next step may move back are kept.
     for first in range(0, held.shape[1], COLUMNS):
         part = slice(first, first + COLUMNS)
         exact = held[:, part]
         rounded, residual[:, part] = _by_multipliers(exact, dtype, basis, inverse, residual[:, part])
         errors[:, part] = rounded[:priced].float().sub_(exact[:priced])
         exact.copy_(rounded)
+    # 3. Candidate by candidate, all columns together.
     values = held[:finishing].contiguous()
     _finish(values, errors, dtype, basis[:, :finishing], residual)
     held[:finishing] = values
@@ -216,13 +225,15 @@ def _by_multipliers(
     """Returns (W', R): the second step of the module's. No entry is moved where one might overflow."""
     limits = torch.finfo(dtype)
     most = exact.abs()
-    movable = bool(most.amax() * (1 + limits.eps) < limits.max)  # false where one is not finite, for the writer to see
+    # 2a. An entry near the largest number of the dtype, or not finite: round to nearest, for the writer to see it.
+    movable = bool(most.amax() * (1 + limits.eps) < limits.max)
+    # 2b. Else entries are shifted by v_i . p, by eps |W_i| / 2 at most, which is a step at most, and rounded then.
     most.mul_(limits.eps / 2)
     rounded = exact.to(dtype)
     residual = others + basis @ rounded.float().sub_(exact)
     multipliers, shifted = torch.zeros_like(residual), torch.empty_like(exact)
-    for _ in range(ROUNDS if movable else 0):
-        multipliers += inverse @ residual
+    for _ in range(REPAIR_ROUNDS if movable else 0):
+        multipliers += inverse @ residual  # p += (V V^T)^-1 R
         torch.mm(basis.T, multipliers, out=shifted).clamp_(-most, most)
         rounded = torch.sub(exact, shifted, out=shifted).to(dtype)
         residual = others + basis @ rounded.float().sub_(exact)
@@ -260,11 +271,15 @@ def _finish(values: Tensor, errors: Tensor, dtype: torch.dtype, basis: Tensor, r
 def _move(values: Tensor, errors: Tensor, dtype: torch.dtype, basis: Tensor, prices: Tensor, residual: Tensor) -> None:
     """Moves each row of `values` [k, n] in turn to make up for `residual` [m, n], which is brought up to date."""
     limits = torch.finfo(dtype)
+    # The step of an entry is eps times its power of two, read from its bits:
+    # a. of bfloat16 down to 0, since its exponents are float32's;
+    # b. of float16 from its smallest normal number on, below which all steps are that one's.
     power = (values.view(torch.int32) & EXPONENT).view(torch.float32)
     if dtype == torch.float16:
         power.clamp_(min=limits.tiny)
     inverse = (EXPONENT_OF_INVERSE - power.view(torch.int32)).view(torch.float32).unbind()
     steps = power.mul_(limits.eps).unbind()
+    # s = clamp(round((t + p e) / (1 + p)), -1, 1), in two terms: what R wants of it, and what its own error pulls back.
     shares = 1 / (1 + prices) / limits.eps
     wanting = (basis * shares / basis.square().sum(0)).T.contiguous().unbind()
     pulls = errors.mul_((prices * shares)[:, None]).unbind()
@@ -272,8 +287,9 @@ def _move(values: Tensor, errors: Tensor, dtype: torch.dtype, basis: Tensor, pri
     for number, (move, v) in enumerate(zip(moves.unbind(), basis.T.contiguous().unbind(), strict=True)):
         torch.addmv(pulls[number], residual.T, wanting[number], out=move)
         move.mul_(inverse[number]).round_().clamp_(-1, 1).mul_(steps[number])
-        residual.addr_(v, move, alpha=-1)
-    finite = limits.min <= values.amin() and values.amax() <= limits.max  # else the writer is to see it
+        residual.addr_(v, move, alpha=-1)  # R -= v_i s step
+    # a. All were finite: a move may not make one infinite.  b. One was not: it stays so, for the writer to see it.
+    finite = limits.min <= values.amin() and values.amax() <= limits.max
     values.sub_(moves)
     if finite:
         values.clamp_(limits.min, limits.max)

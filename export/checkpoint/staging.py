@@ -99,8 +99,8 @@ def _parents_of(output: Path) -> Iterator[None]:
         raise InputError(f"{output.parent}: cannot be written to ({error.strerror})") from error
     finally:
         with suppress(OSError):
-            for each in new:
-                each.rmdir()
+            for folder in new:
+                folder.rmdir()
 
 
 def _claim(partial: Path, output: Path) -> int:
@@ -140,11 +140,11 @@ def _is(descriptor: int, path: Path) -> bool:
 def _clean_up(partial: Path, aside: Path, output: Path) -> None:
     """Removes what a dead run left, and puts back the folder that it was about to replace."""
     partial.chmod(partial.stat().st_mode | stat.S_IRWXU)
-    for each in partial.iterdir():
-        if each.is_dir() and not each.is_symlink():
-            _remove(each)
+    for path in partial.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            _remove(path)
         else:
-            each.unlink()
+            path.unlink()
     if aside.is_symlink() or not aside.is_dir():
         aside.unlink(missing_ok=True)
     elif os.path.lexists(output):
@@ -193,9 +193,9 @@ def _publish(partial: Path, aside: Path, output: Path) -> None:
                 raise
         with suppress(OSError):
             _sync(output.parent)
-        for each in (partial, aside):
+        for path in (partial, aside):
             with suppress(OSError):
-                _remove(each)
+                _remove(path)
     finally:
         os.close(replaced)
 

@@ -17,7 +17,7 @@ from ...guard.base.errors import InputError
 COPY_BYTES = 64 * 2**20
 """Asked of the kernel at a time."""
 
-BUFFER_BYTES = 4 * 2**20
+THROUGH_MEMORY_BYTES = 4 * 2**20
 """Copied through memory at a time, where the kernel cannot copy by itself."""
 
 SAMPLES = 16
@@ -72,7 +72,7 @@ def _send(source: int, target: int, begin: int, to: int, count: int) -> int:
 
 
 def _copy_through_memory(source: int, target: int, begin: int, to: int, count: int) -> int:
-    return write_exactly(target, os.pread(source, min(count, BUFFER_BYTES), begin), to)
+    return write_exactly(target, os.pread(source, min(count, THROUGH_MEMORY_BYTES), begin), to)
 
 
 def write_exactly(target: int, data: Any, offset: int) -> int:

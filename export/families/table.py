@@ -24,7 +24,7 @@ from ...guard.model.roles import decoder, decoder_layers
 from ..checkpoint.headers import EDITABLE, QUANTISED, Checkpoint
 from ..checkpoint.layout import Layout
 
-Role = Literal["embedding", "vision", "audio", "attention", "mlp"]
+WriterRole = Literal["embedding", "vision", "audio", "attention", "mlp"]
 MAX_FAMILY_BYTES = 2**20
 
 
@@ -40,7 +40,7 @@ class PostNorm:
 class Writer:
     """One tensor that writes to the residual stream: its names, and the axis that is the residual stream's (size d)."""
 
-    role: Role
+    role: WriterRole
     layer: int | None
     memory: str
     disk: str
@@ -169,8 +169,8 @@ def _check_rows(path: Path, rows: Row) -> None:
 
 def _check_writer(where: str, writer: Row) -> None:
     names = [writer[key] for key in ("module", "parameter") if key in writer]
-    if writer.get("role") not in get_args(Role) or len(names) != 1 or not isinstance(names[0], str):
-        raise InputError(f"{where} needs a role ({', '.join(get_args(Role))}) and a module or a parameter")
+    if writer.get("role") not in get_args(WriterRole) or len(names) != 1 or not isinstance(names[0], str):
+        raise InputError(f"{where} needs a role ({', '.join(get_args(WriterRole))}) and a module or a parameter")
     axis = writer.get("axis", 0)
     if not isinstance(axis, int) or axis not in (0, 1, 2):
         raise InputError(f"{where}, {names[0]}: axis {axis!r} is not 0, 1 or 2")

@@ -21,7 +21,7 @@ from ...guard.model.roles import (
     mlp_parts,
     output_tensor,
 )
-from .table import Role, matching, module_name
+from .table import WriterRole, matching, module_name
 from .tracer import Trace, trace
 
 
@@ -44,7 +44,7 @@ def family_rows(model: PreTrainedModel, batches: Mapping[str, Mapping[str, Any]]
     if "image" not in batches:
         opaque["vision"] += ("no picture was traced, so what it writes is not known",)
     refused = {part: {"refused": "; ".join(found)} if found else {} for part, found in opaque.items()}
-    mlps = {"mlp": each} if (each := _mlp_rows(model, prefix)) else {}
+    mlps = {"mlp": mlp} if (mlp := _mlp_rows(model, prefix)) else {}
     return {
         "text": {"model_types": [types["text"]], **refused["text"], "writer": rows["text"], **mlps},
         "vision": {"model_types": [types["vision"]], **refused["vision"], "writer": rows["vision"]},
@@ -87,7 +87,7 @@ def _row(name: str, found: Trace, prefix: str, every: Iterable[str]) -> dict[str
     return row
 
 
-def _role(target: str) -> Role:
+def _role(target: str) -> WriterRole:
     parts = target.split(".")
     if "{layer}" in parts:
         return "attention" if parts[2] in ATTENTION_NAMES else "mlp"

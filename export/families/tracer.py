@@ -284,10 +284,10 @@ def _removed(place: _Place) -> Behind | None:
     if len(before) == len(place.shape):
         return [(0, place.axis)]
     dim = place.node._saved_dim
-    gone = [_from_right(each, len(before)) for each in (dim if isinstance(dim, tuple | list) else [dim])]
+    gone = [_from_right(given, len(before)) for given in (dim if isinstance(dim, tuple | list) else [dim])]
     axis = place.axis
-    for each in sorted(gone):
-        axis += axis >= each
+    for removed in sorted(gone):
+        axis += axis >= removed
     return [(0, axis)]
 
 

@@ -19,7 +19,7 @@ FORMATS: dict[str, type[Format]] = {cls.name: cls for cls in (Safetensors, Onnx,
 """What --format calls it -> its class."""
 
 
-def register(cls: type[Format]) -> type[Format]:
+def register_format(cls: type[Format]) -> type[Format]:
     """Makes `cls`, a format of the caller's own, known to Formats and to folders; returns it, so that it may decorate
     one. Raises InputError if its name is taken.
     """
@@ -75,4 +75,4 @@ class Formats:
 
     def _made(self, cls: type[Format]) -> Format:
         settings = {**vars(self), **self.more}
-        return cls(**{each.name: settings[each.name] for each in fields(cls) if each.name in settings})
+        return cls(**{field.name: settings[field.name] for field in fields(cls) if field.name in settings})

@@ -27,7 +27,7 @@ from ..model import OpenModel
 
 
 @dataclass(frozen=True)
-class Ask:
+class FormatRequest:
     """What a format is asked to write, as far as it is known before any model is run.
 
     kinds: what the guard consists of, or may.  preset: the preset that will make it; None where it is known already.
@@ -117,7 +117,7 @@ class Format(ABC):
     library: ClassVar[str] = "transformers"
     """What the hub says loads it."""
 
-    def check(self, ask: Ask) -> None:
+    def check(self, ask: FormatRequest) -> None:
         """Raises InputError, with the reason, if what is asked for cannot be written in this format."""
         for kind in ask.kinds:
             if not kind.asks:

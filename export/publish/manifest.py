@@ -28,7 +28,7 @@ GUARD_FILE = Path("guardfold") / "guard.safetensors"
 NEEDED = {"files": dict, "verdict": str, "verified": bool}
 """What no manifest is without, and of what kind."""
 
-KINDS = {**NEEDED, "source": dict, "figures": dict}
+ENTRY_TYPES = {**NEEDED, "source": dict, "figures": dict}
 """Of what kind the parts are that are used, where there are any."""
 
 
@@ -110,7 +110,7 @@ def load_manifest(folder: Path, *more: str) -> dict[str, Any]:
     for name in needed:
         if name not in manifest:
             raise InputError(f"{path}: not a manifest that guardfold wrote (it needs {', '.join(needed)})")
-    for name, kind in KINDS.items():
+    for name, kind in ENTRY_TYPES.items():
         if name in manifest and not isinstance(manifest[name], kind):
             raise InputError(
                 f"{path}: not a manifest that guardfold wrote (its {name} is a {type(manifest[name]).__name__})"

@@ -41,19 +41,21 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 """What transformers looks for first, and then."""
 
-WEIGHTS = [SINGLE, "adapter_model.safetensors"]
+WEIGHT_FILES = [SINGLE, "adapter_model.safetensors"]
 """The weights of a repository that are in one file, a model's or an adapter's."""
 
 MAX_INDEX_BYTES = 64 * 2**20
-ATTEMPTS = 4
+DOWNLOAD_ATTEMPTS = 4
 LONGEST_WAIT = 60
-"""Seconds between two attempts at most, whatever the hub asks for."""
+"""Seconds between two attempts at most, whatever a server asks for."""
 
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
+"""Statuses of what may work if it is tried again."""
+
 TOKEN = re.compile(r"\bhf_\w{8,}|(?<=Bearer )\S+")
 LOGIN = "run `hf auth login` or set HF_TOKEN"
 
-Result = TypeVar("Result")
+Downloaded = TypeVar("Downloaded")
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
@@ -74,7 +76,7 @@ def download(hub_id: str, revision: str | None = None) -> Path:
     """
     with hub_errors(f"{hub_id}: cannot be had from the Hugging Face Hub"):
         folder = download_config(hub_id, revision)
-        folder = _snapshot(hub_id, folder.name, WEIGHTS)
+        folder = _snapshot(hub_id, folder.name, WEIGHT_FILES)
         listed = [] if (folder / SINGLE).is_file() else _listed(folder)
         return _snapshot(hub_id, folder.name, listed) if listed else folder
 
@@ -110,9 +112,9 @@ def _listed(folder: Path) -> list[str]:
         return []
 
 
-def retried(step: Callable[[], Result]) -> Result:
+def retried(step: Callable[[], Downloaded]) -> Downloaded:
     """Returns what `step` returns, tried again where it fails for a passing reason: a lost connection, 429, 5xx."""
-    for attempt in range(1, ATTEMPTS):
+    for attempt in range(1, DOWNLOAD_ATTEMPTS):
         try:
             return step()
         except Exception as error:

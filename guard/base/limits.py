@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 @contextmanager
-def at_most(more: int) -> Iterator[None]:
+def memory_limited(more: int) -> Iterator[None]:
     """While the block runs, allocations fail beyond what this process has mapped already and `more` bytes."""
     limits = resource.getrlimit(resource.RLIMIT_AS)
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

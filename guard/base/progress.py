@@ -9,7 +9,7 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-Item = TypeVar("Item")
+Tracked = TypeVar("Tracked")
 CONSOLE = Console(stderr=True)
 
 
@@ -21,7 +21,7 @@ def bar() -> Progress:
     return Progress(*columns, console=CONSOLE, transient=True, disable=not CONSOLE.is_terminal)
 
 
-def track(items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
+def track(items: Iterable[Tracked], what: str, total: int | None = None) -> Iterator[Tracked]:
     """Returns `items` one by one, under a progress bar named `what`."""
     if total is None and isinstance(items, Sequence):
         total = len(items)
@@ -29,7 +29,7 @@ def track(items: Iterable[Item], what: str, total: int | None = None) -> Iterato
         yield from progress.track(items, total=total, description=what)
 
 
-def batched(items: Sequence[Item], size: int, what: str) -> Iterator[Sequence[Item]]:
+def batched(items: Sequence[Tracked], size: int, what: str) -> Iterator[Sequence[Tracked]]:
     """Returns `items` in batches of `size`, under a progress bar that counts items."""
     with bar() as progress:
         task = progress.add_task(what, total=len(items))

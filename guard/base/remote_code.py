@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from .errors import InputError
-from .untrusted import inside, parse_object, read_bytes
+from .untrusted import nested_values, parse_object, read_bytes
 
 CONFIG_FILES = (
     *("config.json", "tokenizer_config.json", "processor_config.json"),
@@ -29,7 +29,7 @@ IMPLEMENTATION = "_implementation"
 
 MAX_CONFIG_BYTES = 16 * 2**20
 MAX_CODE_BYTES = 16 * 2**20
-REFERENCE = re.compile(r"([\w\-]+)\.\w+")
+CODE_REFERENCE = re.compile(r"([\w\-]+)\.\w+")
 """module.Class, the module lying in the folder itself: transformers follows no others."""
 
 GENERATE = Path("custom_generate")
@@ -76,9 +76,9 @@ def code_of(folder: Path) -> dict[str, list[str]]:
     found = {}
     for name in _config_files(folder):
         if os.path.lexists(folder / name):
-            entries = [each["auto_map"] for each in _objects(folder, name) if "auto_map" in each]
+            entries = [table["auto_map"] for table in _objects(folder, name) if "auto_map" in table]
             if entries:
-                found[name] = [text for text in inside(entries) if isinstance(text, str)]
+                found[name] = [text for text in nested_values(entries) if isinstance(text, str)]
     return found
 
 
@@ -92,7 +92,7 @@ def _config_files(folder: Path) -> Iterator[str]:
 def _objects(folder: Path, name: str) -> Iterator[dict[str, Any]]:
     """Returns the object in the JSON file `name` of `folder` and every object in it."""
     held = parse_object(read_bytes(folder, name, MAX_CONFIG_BYTES), str(folder / name))
-    return (each for each in inside(held) if isinstance(each, dict))
+    return (table for table in nested_values(held) if isinstance(table, dict))
 
 
 def check_code(folder: Path) -> None:
@@ -120,7 +120,7 @@ def check_code(folder: Path) -> None:
 
 def _refuse_audio(folder: Path) -> None:
     processor, own = "processor_config.json", f"{AUDIO}_config.json"
-    named = os.path.lexists(folder / processor) and any(AUDIO in each for each in _objects(folder, processor))
+    named = os.path.lexists(folder / processor) and any(AUDIO in table for table in _objects(folder, processor))
     if named or os.path.lexists(folder / own):
         where = folder / (processor if named else own)
         raise InputError(
@@ -129,9 +129,9 @@ def _refuse_audio(folder: Path) -> None:
 
 
 def _refuse_kernels(folder: Path) -> None:
-    for name in filter(lambda each: os.path.lexists(folder / each), _config_files(folder)):
-        for key, value in (item for each in _objects(folder, name) for item in each.items()):
-            repository = next((text for text in inside(value) if isinstance(text, str) and "/" in text), None)
+    for name in filter(lambda file: os.path.lexists(folder / file), _config_files(folder)):
+        for key, value in (item for table in _objects(folder, name) for item in table.items()):
+            repository = next((text for text in nested_values(value) if isinstance(text, str) and "/" in text), None)
             if key.endswith(IMPLEMENTATION) and repository:
                 raise InputError(
                     f"{folder / name}: {key} names code on the hub ({repository}), which is never fetched; remove it"
@@ -144,7 +144,7 @@ def _check_reference(folder: Path, where: Path, reference: str) -> None:
             f"{where}: auto_map names code of another repository ({reference}), which is never run, because nothing "
             "says at which commit; put its modules into the folder and name them without the repository"
         )
-    match = REFERENCE.fullmatch(reference)
+    match = CODE_REFERENCE.fullmatch(reference)
     if match is None:
         raise InputError(f"{where}: auto_map names {reference!r}, which is no module.Class of the folder")
     if not (folder / f"{match[1]}.py").is_file():

@@ -136,7 +136,7 @@ def _read(descriptor: int, path: Path, limit: int) -> bytes:
 
 def printable(text: str, most: int = SHOWN_CHARACTERS) -> str:
     """Returns `text` for a line of output: what does not print is escaped, what is over `most` characters left out."""
-    shown = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text[:most])
+    shown = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text[:most])
     return shown if len(text) <= most else f"{shown}..."
 
 
@@ -174,13 +174,13 @@ def parse_object(text: bytes, where: str) -> dict[str, Any]:
     return parsed
 
 
-def inside(value: Any) -> Iterator[Any]:
+def nested_values(value: Any) -> Iterator[Any]:
     """Returns `value` and everything in it, at any depth."""
     waiting = [value]
     while waiting:
-        each = waiting.pop()
-        yield each
-        waiting += each.values() if isinstance(each, dict) else each if isinstance(each, list) else ()
+        held = waiting.pop()
+        yield held
+        waiting += held.values() if isinstance(held, dict) else held if isinstance(held, list) else ()
 
 
 def _deeper(value: Any, depth: int) -> bool:
@@ -189,8 +189,8 @@ def _deeper(value: Any, depth: int) -> bool:
     for _ in range(depth):
         level = [
             inner
-            for each in level
-            if isinstance(each, dict | list)
-            for inner in (each.values() if isinstance(each, dict) else each)
+            for container in level
+            if isinstance(container, dict | list)
+            for inner in (container.values() if isinstance(container, dict) else container)
         ]
     return bool(level)

@@ -19,7 +19,7 @@ from ..model.roles import decoder_layers, mlp_parts
 from ..weight_edits import AddBias, FormOf
 from .base import Candidate, Intervention, TextStates, check_vector, on_output
 
-GAINS = (0.25, 0.5, 1.0)
+ADDITION_GAINS = (0.25, 0.5, 1.0)
 """Multiples of the difference of means that are tried."""
 
 
@@ -72,6 +72,6 @@ class ActivationAddition(Intervention):
     def candidates(cls, material: Material) -> Iterable[Candidate]:
         """Multiples of the mean harmful-minus-harmless difference, layer by layer."""
         for layer in material.tried:
-            for gain in GAINS:
+            for gain in ADDITION_GAINS:
                 vector = gain * material.directions.mean[layer]
                 yield Candidate((cls(layer, vector),), {"layer": layer, "gain": gain})

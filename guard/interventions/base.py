@@ -199,7 +199,7 @@ class MLPWrite:
         yield self.parts.sublayer.register_forward_hook(on_output(self._write))
 
     def _weigh(self, _module: Any, _args: Any, output: Tensor) -> None:
-        self.share = widened(output).sigmoid()
+        self.share = at_least_float32(output).sigmoid()
 
     def _write(self, output: Tensor) -> Tensor:
         added = self.opened[..., None] * self.share.to(self.opened) * self.column.to(self.opened)
@@ -211,14 +211,14 @@ def on_output(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
     return lambda _module, _args, output: with_output_tensor(output, change(output_tensor(output)))
 
 
-def widened(states: Tensor) -> Tensor:
+def at_least_float32(states: Tensor) -> Tensor:
     """Returns `states` in float32 or better."""
     return states.to(torch.promote_types(states.dtype, torch.float32))
 
 
 def project_out(states: Tensor, basis: Tensor, strength: float) -> Tensor:
     """h - strength (h V^T) V: `states` [..., d] without that share of span(basis), [m, d]; float32 or better inside."""
-    wide = widened(states)
+    wide = at_least_float32(states)
     basis = basis.to(wide)
     return (wide - strength * (wide @ basis.T) @ basis).to(states.dtype)
 

@@ -23,7 +23,7 @@ from ..fitting.transcripts import Place
 from ..model.roles import decoder_layers, mlp_parts
 from ..model.vlm import VLM
 from ..weight_edits import FormOf, ReplaceNeurons
-from .base import HARMLESS, Intervention, MLPWrite, Reading, TextStates, check_vector, widened
+from .base import HARMLESS, Intervention, MLPWrite, Reading, TextStates, at_least_float32, check_vector
 
 NEURONS = 2
 """What a gate takes: one neuron that opens the ramp at t0 and one that ends it at t1."""
@@ -164,7 +164,7 @@ class Gate(Intervention):
             "auc": {kind: auc(x @ self.detector, harmless @ self.detector) for kind, x in examples.harmful.items()},
             "opens": {kind: float((opening(detector, x) > OPENED).double().mean()) for kind, x in prompts.items()},
             "fires_elsewhere": firing(detector, examples.other.but(Place.LAST)),
-            "distance_to_clip": {f"{beta:g}": float((each - ideal).abs().max()) for beta, each in ramps.items()},
+            "distance_to_clip": {f"{beta:g}": float((ramp - ideal).abs().max()) for beta, ramp in ramps.items()},
         }
 
 
@@ -174,7 +174,7 @@ def ramp(x: Tensor, gate: Gate, act: Callable[[Tensor], Tensor], gated: bool) ->
     act: the MLP's activation.  gated: whether the MLP multiplies its activation with a second linear map, so that
     without biases the ramp comes times k.x.
     """
-    x = widened(x)
+    x = at_least_float32(x)
     score = x @ gate.detector.to(x)
     one = torch.ones_like(score) if gate.unit is None else x @ gate.unit.to(x)
     below, above = score - gate.t0 * one, score - gate.t1 * one

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..base.errors import InputError
 from ..model.roles import decoder_layers, mlp_parts
 from ..weight_edits import AddLowRank, FormOf
-from .base import Intervention, MLPWrite, Reading, TextStates, check_vector, widened
+from .base import Intervention, MLPWrite, Reading, TextStates, at_least_float32, check_vector
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class LinearGate(Intervention):
         writing = MLPWrite(parts, self.column)
 
         def read(_module: Any, args: tuple[Tensor, ...]) -> None:
-            neurons = widened(args[0])
+            neurons = at_least_float32(args[0])
             writing.opened = neurons @ self.readout.to(neurons)
 
         yield parts.down.register_forward_pre_hook(read)

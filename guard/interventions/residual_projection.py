@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..base.errors import InputError
 from ..model.roles import decoder_layers
-from .base import PerLayer, TextStates, check_bases, check_strength, on_output, parse_bases, widened
+from .base import PerLayer, TextStates, at_least_float32, check_bases, check_strength, on_output, parse_bases
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class ResidualProjection(PerLayer):
 
 def steer(states: Tensor, basis: Tensor, strength: float, alpha: float) -> Tensor:
     """h - (strength - alpha g) (h V^T) V with g = 1[h . v_1 > 0]: `states` [..., d]; `basis` [m, d], row 0 = v_1."""
-    wide = widened(states)
+    wide = at_least_float32(states)
     basis = basis.to(wide)
     along = wide @ basis.T
     gate = (along[..., :1] > 0).to(wide)

@@ -23,12 +23,12 @@ def plainly(model: PreTrainedModel) -> Iterator[None]:
         if isinstance(config := getattr(module, "generation_config", None), GenerationConfig)
     }
     try:
-        for each, config in before.items():
-            each.generation_config = GenerationConfig(**{name: getattr(config, name, None) for name in ENDS})
+        for module, config in before.items():
+            module.generation_config = GenerationConfig(**{name: getattr(config, name, None) for name in ENDS})
         yield
     finally:
-        for each, config in before.items():
-            each.generation_config = config
+        for module, config in before.items():
+            module.generation_config = config
 
 
 def most_likely(model: Any, inputs: BatchFeature, most: int, **options: Any) -> Any:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from PIL import Image
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 
@@ -15,11 +18,12 @@ from ..base.errors import InputError
 from ..base.remote_code import MAX_CONFIG_BYTES, trusted
 from ..base.untrusted import parse_object, read_bytes
 from .complaints import missing, own_words
+from .processor_files import digest_of
 from .prompt_forms import FORMS, Form
 
 QUESTION = "How do people usually travel to work, and why do some of them prefer to walk?"
 
-Asked = tuple[str, Image.Image | None]
+PicturedQuestion = tuple[str, Image.Image | None]
 """A question, and the picture that it comes with."""
 
 SETTINGS: dict[str, tuple[str, ...]] = {
@@ -32,6 +36,17 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 """What a processor class counts image tokens by, and where config.json has the same number, if it does."""
 
 TEMPLATE_FILE = "chat_template.jinja"
+
+REMEMBERED_BYTES = 2**26
+"""Of tensors that prompts were encoded to: the same prompts are asked of the original, of every guard that is tried and
+of the result, and processors take a third of the time of a small model.
+"""
+
+_files: WeakKeyDictionary[ProcessorMixin, bytes] = WeakKeyDictionary()
+"""Processor -> digest of what it was made of."""
+
+_remembered: dict[bytes, dict[str, Any]] = {}
+"""Digest of files and prompts -> what they were encoded to: the first ones, as many as there is room for."""
 
 
 def opened(folder: Path) -> ProcessorMixin:
@@ -58,6 +73,7 @@ def opened(folder: Path) -> ProcessorMixin:
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    _files[processor] = digest_of(folder)
     return processor
 
 
@@ -91,7 +107,7 @@ def _template(folder: Path, found: str | Mapping[str, str] | None) -> str | None
     return found["default"]
 
 
-def words_of(processor: ProcessorMixin, asked: Asked) -> str:
+def words_of(processor: ProcessorMixin, asked: PicturedQuestion) -> str:
     """One question as the processor is given it, up to where an answer begins. Raises whatever a chat template does."""
     form = form_of(processor)
     if form and processor.chat_template is None:
@@ -100,12 +116,36 @@ def words_of(processor: ProcessorMixin, asked: Asked) -> str:
     return words
 
 
-def encoded(processor: ProcessorMixin, asked: Sequence[Asked], where: Path) -> BatchFeature:
+def encoded(processor: ProcessorMixin, asked: Sequence[PicturedQuestion], where: Path) -> BatchFeature:
     """Returns the questions, all with a picture or none, as tensors padded to one length: what the processor's class
-    makes of them, less labels to learn from.
+    makes of them, less labels to learn from. The tensors are shared with those who ask the same: change none.
 
     Raises InputError that begins with `where` if the processor cannot take them.
     """
+    if processor not in _files:
+        return _encoded(processor, asked, where)
+    key = _digest_of(processor, asked)
+    if key not in _remembered:
+        batch = _encoded(processor, asked, where)
+        if _bytes(batch.values()) + sum(_bytes(kept.values()) for kept in _remembered.values()) > REMEMBERED_BYTES:
+            return batch
+        _remembered[key] = dict(batch)
+    return BatchFeature(dict(_remembered[key]))
+
+
+def _digest_of(processor: ProcessorMixin, asked: Sequence[PicturedQuestion]) -> bytes:
+    digest = hashlib.sha256(_files[processor])
+    for text, picture in asked:
+        digest.update(repr((text, picture and (picture.mode, picture.size))).encode())
+        digest.update(picture.tobytes() if picture else b"")
+    return digest.digest()
+
+
+def _bytes(values: Iterable[Any]) -> int:
+    return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
+
+
+def _encoded(processor: ProcessorMixin, asked: Sequence[PicturedQuestion], where: Path) -> BatchFeature:
     try:
         form = form_of(processor)
         batch = _formed(processor, form, asked) if form else _templated(processor, asked)
@@ -120,9 +160,9 @@ def encoded(processor: ProcessorMixin, asked: Sequence[Asked], where: Path) -> B
     return batch
 
 
-def _templated(processor: ProcessorMixin, asked: Sequence[Asked]) -> BatchFeature:
+def _templated(processor: ProcessorMixin, asked: Sequence[PicturedQuestion]) -> BatchFeature:
     batch: BatchFeature = _as_any(processor).apply_chat_template(
-        [_turns(each) for each in asked],
+        [_turns(question) for question in asked],
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
@@ -132,8 +172,8 @@ def _templated(processor: ProcessorMixin, asked: Sequence[Asked]) -> BatchFeatur
     return batch
 
 
-def _formed(processor: ProcessorMixin, form: Form, asked: Sequence[Asked]) -> BatchFeature:
-    words = [words_of(processor, each) for each in asked]
+def _formed(processor: ProcessorMixin, form: Form, asked: Sequence[PicturedQuestion]) -> BatchFeature:
+    words = [words_of(processor, question) for question in asked]
     pictures = [picture for _, picture in asked if picture is not None]
     taking, common = _as_any(processor), {"padding": True, "return_tensors": "pt"}
     if pictures or form.alone is None:
@@ -147,7 +187,7 @@ def _formed(processor: ProcessorMixin, form: Form, asked: Sequence[Asked]) -> Ba
     return BatchFeature(dict(made))
 
 
-def _turns(asked: Asked) -> list[dict[str, Any]]:
+def _turns(asked: PicturedQuestion) -> list[dict[str, Any]]:
     text, picture = asked
     image = [] if picture is None else [{"type": "image", "image": picture}]
     return [{"role": "user", "content": [*image, {"type": "text", "text": text}]}]

@@ -1,57 +1,46 @@
 """Processors are foreign files, and some are programs: chat templates, which transformers runs in a sandbox, and the
 rules of tokenizers. This bounds what they take.
 
-A processor is tried once, before it is used, in an interpreter of its own: one that has no lock, no open file and no
-device of this process, and ends by itself when its time is up, should this process be killed meanwhile.
+A processor is tried once, before it is used, in a process of its own: one that has no lock, no open file and no device
+of this process, and ends with it, or by itself when its time is up. It is forked from an interpreter that was started
+for that, has imported what processors need and does nothing else (trial_server.py).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..base.errors import InputError
-from ..base.limits import at_most
-from ..base.remote_code import MAX_CONFIG_BYTES, trusted, trusting
-from ..base.untrusted import open_regular, parse_object, read_bytes
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-    from transformers import ProcessorMixin
+from ..base.remote_code import trusted
+from .processor_files import digest_of
+from .trial_server import (
+    ENDED,
+    ENDLESS,
+    EXHAUSTED,
+    LOADING,
+    LOADING_BYTES,
+    LOADING_SECONDS,
+    MAX_CHARACTERS,
+    MEMORY_BYTES,
+    PACKET_BYTES,
+    STARTING_SECONDS,
+    Request,
+)
 
 SECONDS = 10.0
-MEMORY_BYTES = 2**30
-LOADING_SECONDS, LOADING_BYTES = 120.0, 4 * 2**30
-"""Before it is asked anything: large vocabularies are read and sorted."""
+"""That a processor has for one short question."""
 
-STARTING_SECONDS = 600.0
-"""Of starting an interpreter and importing transformers, on a machine that has much else to do."""
-
-MAX_CHARACTERS = 2**20
-"""Of what a template may make of one question."""
-
-FAULTY, EXHAUSTED, ENDLESS = 2, 3, 4
-"""Exit statuses of the interpreter, beside 0."""
-
-LOADING, TEMPLATE, ASKING = "processor's files", "chat template", "processor"
-"""What it says that it begins with."""
-
-PICTURE_SIZE = (336, 336)
-
-READ_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
-NOT_READ = ("config.json", "report.json", "guardfold.json", "generation_config.json", "model.safetensors.index.json")
-"""Of files in a model folder: what processors are made of, and what they are not."""
-
-OF_CONFIG = ("model_type", "processor_class", "tokenizer_class", "auto_map")
-"""What decides in config.json which classes load a processor."""
+IDLE_SECONDS = 120.0
+"""After which an interpreter that nobody asks anything ends: it holds 0.3 GB."""
 
 _sound: set[bytes] = set()
 """Digests of processors that this process has tried already."""
@@ -68,39 +57,33 @@ def trying(folder: Path) -> Iterator[Callable[[], None]]:
     What the block gets waits for the end of that: InputError that begins with `folder` unless the processor loads and
     takes a short question, alone and with a picture; Exhausting if it does not within its bounds.
     """
-    digest = _digest(folder)
+    digest = digest_of(folder)
     if digest in _sound:
         yield lambda: None
         return
-    with _interpreter(folder) as process:
+    with _trial(Request(str(folder), SECONDS, trusted())) as outcome:
 
         def end() -> None:
-            said, _ = process.communicate(timeout=STARTING_SECONDS + LOADING_SECONDS + SECONDS)
-            _judge(folder, process.returncode, said.decode(errors="replace"))
+            _judge(folder, *outcome())
             _sound.add(digest)
 
         yield end
 
 
-def _digest(folder: Path) -> bytes:
-    """Of everything in `folder` that a processor is made of."""
-    found = hashlib.sha256(str(trusted()).encode())
-    for path in sorted([*folder.glob("*"), *folder.glob("*/*")]):
-        if path.name.endswith(READ_SUFFIXES) and path.name not in NOT_READ and not path.is_dir():
-            name = str(path.relative_to(folder))
-            with os.fdopen(open_regular(folder, name), "rb") as file:
-                found.update(
-                    f"{name}\n".encode(errors="surrogateescape") + hashlib.file_digest(file, "sha256").digest()
-                )
-    config = parse_object(read_bytes(folder, "config.json", MAX_CONFIG_BYTES), str(folder / "config.json"))
-    found.update(json.dumps({name: config.get(name) for name in OF_CONFIG}).encode())
-    return found.digest()
+@dataclass(frozen=True)
+class _Server:
+    """The interpreter of trial_server.py, and the socket that it reads requests from: it ends when nobody holds it."""
+
+    process: subprocess.Popen[bytes]
+    requests: socket.socket
 
 
-@contextmanager
-def _interpreter(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """One that tries the processor in `folder`; gone when the block ends, however it ends."""
-    command = [sys.executable, "-P", "-W", "ignore", "-m", __name__, str(folder), str(SECONDS)]
+_server: _Server | None = None
+"""That of this process; processes forked from it share it."""
+
+
+def _start() -> _Server:
+    command = [sys.executable, "-P", "-W", "ignore", "-m", f"{__package__}.trial_server", str(IDLE_SECONDS)]
     environment = {
         **os.environ,
         **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), "1"),
@@ -108,24 +91,61 @@ def _interpreter(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": os.pathsep.join(place for place in sys.path if place),
     }
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     nowhere = subprocess.DEVNULL
-    with subprocess.Popen(
-        [*command, "trusted"] if trusted() else command,
-        stdin=nowhere,
-        stdout=subprocess.PIPE,
-        stderr=nowhere,
-        env=environment,
-    ) as process:
+    with theirs:
+        process = subprocess.Popen(command, stdin=theirs.fileno(), stdout=nowhere, stderr=nowhere, env=environment)
+    return _Server(process, ours)
+
+
+@contextmanager
+def _trial(request: Request) -> Iterator[Callable[[], tuple[int, str]]]:
+    """A trial in a process that is gone when the block ends, however it ends.
+
+    What the block gets waits for its end: the status it ended with, and all that it wrote.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.settimeout(STARTING_SECONDS + LOADING_SECONDS + request.seconds)
+    with ours:
+        with theirs:
+            server = _sent(request, theirs)
+        outcome = cache(lambda: _outcome(ours, server))
         try:
-            yield process
+            yield outcome
         finally:
-            process.kill()
-            process.wait()  # which Popen leaves out after an interrupt
+            ours.shutdown(socket.SHUT_WR)  # which ends the process, if it runs
+            outcome()
 
 
-def _judge(folder: Path, status: int, said: str) -> None:
-    """Raises InputError for what an interpreter that ended with `status` found, if it found anything."""
-    *begun, complaint = said.split("\n")
+def _sent(request: Request, answers: socket.socket) -> _Server:
+    """Returns the server that has `request` now; a new one if that before has ended."""
+    global _server
+    here = os.open(".", os.O_PATH | os.O_DIRECTORY)  # which `folder` may be relative to
+    try:
+        for server in (_server, None):
+            with suppress(ConnectionError):
+                _server = server or _start()
+                socket.send_fds(_server.requests, [request.packed()], [answers.fileno(), here])
+                break
+    finally:
+        os.close(here)
+    assert _server
+    return _server
+
+
+def _outcome(answers: socket.socket, server: _Server) -> tuple[int, str]:
+    written = b""
+    for packet in iter(partial(answers.recv, PACKET_BYTES), b""):
+        if packet.startswith(ENDED):
+            return int(packet.removeprefix(ENDED)), written.decode(errors="replace")
+        written += packet
+    server.process.kill()  # it has ended, or what waits for the trial has
+    return server.process.wait(), ""
+
+
+def _judge(folder: Path, status: int, written: str) -> None:
+    """Raises InputError for what a process that ended with `status` found, if it found anything."""
+    *begun, complaint = written.split("\n")
     if not begun:
         raise InputError(f"{folder}: its processor cannot be tried: {sys.executable} ends with status {status}")
     loading = begun[-1] == LOADING
@@ -141,79 +161,3 @@ def _judge(folder: Path, status: int, said: str) -> None:
         raise Exhausting(f"{what} is ended by {signal.Signals(-status).name} on one short question")
     if status:
         raise InputError(complaint or f"{what} fails (status {status})")
-
-
-def main() -> None:
-    """What the interpreter runs: `python -m guardfold.guard.model.trial FOLDER SECONDS [trusted]`.
-
-    It says what it begins with, a line each, and at last, without a line's end, what is wrong.
-    """
-    folder, seconds, *more = sys.argv[1:]
-    for each in (signal.SIGINT, signal.SIGALRM):
-        signal.signal(each, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_REAL, STARTING_SECONDS)
-    writer, status = os.dup(1), FAULTY
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what libraries print is not what it says
-    try:
-        with trusting(bool(more)):
-            status = _try(Path(folder), float(seconds), lambda text: os.write(writer, f"{text}\n".encode()))
-    except MemoryError:
-        status = EXHAUSTED
-    except BaseException as error:
-        fault = f"{folder}: its processor cannot take one short question ({type(error).__name__}: {error})"
-        said = str(error) if isinstance(error, InputError) else fault
-        os.write(writer, " ".join(said.split())[:2000].encode(errors="replace"))
-    finally:
-        os._exit(status)
-
-
-def _try(folder: Path, seconds: float, begin: Callable[[str], object]) -> int:
-    """0 or ENDLESS; InputError for what is wrong with the processor in `folder`."""
-    import torch
-    from PIL import Image
-
-    from .processor import QUESTION, encoded, opened
-
-    torch.set_num_threads(1)
-    signal.setitimer(signal.ITIMER_REAL, LOADING_SECONDS)
-    begin(LOADING)
-    with at_most(LOADING_BYTES):
-        processor = opened(folder)
-    picture = Image.new("RGB", PICTURE_SIZE, "grey")
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    with at_most(MEMORY_BYTES):
-        begin(TEMPLATE)
-        if _check_template(processor, folder, picture) > MAX_CHARACTERS:
-            return ENDLESS
-        for asked in ((QUESTION, None), (QUESTION, picture)):
-            begin(ASKING)
-            encoded(processor, [asked], folder)
-    return 0
-
-
-def _check_template(processor: ProcessorMixin, folder: Path, picture: Image) -> int:
-    """Returns how many characters its chat template makes of the question; InputError if that is not the question, and
-    with a picture a place for it.
-    """
-    from .complaints import own_words
-    from .processor import QUESTION, TEMPLATE_FILE, form_of, words_of
-
-    advice = f"write the one that was published with the model to {TEMPLATE_FILE}"
-    try:
-        alone, shown = (words_of(processor, (QUESTION, each)) for each in (None, picture))
-    except MemoryError:
-        raise
-    except Exception as error:  # a template is a program of others
-        raise InputError(f"{folder}: its chat template fails ({own_words(error)}); {advice}") from error
-    longest = max(map(len, (alone, shown)))
-    if longest > MAX_CHARACTERS:
-        return longest
-    if QUESTION not in alone or "'type': 'text'" in alone:
-        raise InputError(f"{folder}: its chat template does not take a question in parts; {advice}")
-    if shown == alone and form_of(processor) is None:
-        raise InputError(f"{folder}: its chat template has no place for a picture; {advice}")
-    return longest
-
-
-if __name__ == "__main__":
-    main()

@@ -28,7 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from ..base.container import free_memory, multiplies_bfloat16, processors
 from ..base.errors import InputError, Refused
 from ..base.hub import download, is_hub_id, split_revision
-from ..base.limits import at_most
+from ..base.limits import memory_limited
 from ..base.remote_code import MAX_CONFIG_BYTES, check_code, trusted
 from ..base.untrusted import check_files, parse_object, read_bytes
 from .complaints import own_words
@@ -71,7 +71,7 @@ ALIASES = {
     "ovis2": "thisisiron/Ovis2-8B-hf",
     "fuyu": "adept/fuyu-8b",
 }
-DEMO = "demo"
+DEMO_NAME = "demo"
 DEMO_FOLDER = Path(str(files("guardfold") / "validators" / "demo" / "model"))
 """Name and folder of the small model that comes with the package, and is trusted as the package is."""
 
@@ -151,14 +151,14 @@ class VLM:
 
 def located(name: str) -> Path | tuple[str, str | None]:
     """Returns the folder that `name` is, the demo's if that is meant, or the (hub id, revision) that it stands for."""
-    if name == DEMO:
+    if name == DEMO_NAME:
         return DEMO_FOLDER
     if Path(name).is_dir():
         return Path(name)
     given, revision = split_revision(name)
     hub_id = ALIASES.get(given, given)
     if not is_hub_id(hub_id):
-        known = ", ".join([DEMO, *ALIASES])
+        known = ", ".join([DEMO_NAME, *ALIASES])
         raise InputError(f"{name}: no such folder; give a model folder, a hub id (owner/name) or one of {known}")
     return hub_id, revision
 
@@ -170,7 +170,7 @@ def resolve(name: str) -> tuple[Path, str]:
     """
     found = located(name)
     if isinstance(found, Path):
-        return found, DEMO if name == DEMO else found.resolve().name
+        return found, DEMO_NAME if name == DEMO_NAME else found.resolve().name
     return download(*found), found[0]
 
 
@@ -344,12 +344,10 @@ def meta_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMo
     """Returns the model of `folder` without its weights: parameters on the meta device, buffers real. No weights are
     read.
     """
-    from accelerate import init_empty_weights
-
     auto = auto_class(read_config(folder))
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted())
-        with threads(1), at_most(BUFFER_BYTES), init_empty_weights(include_buffers=False):  # threads map memory
+        with threads(1), memory_limited(BUFFER_BYTES), _without_weights():  # threads map memory
             model = auto.from_config(config, dtype=dtype, experts_implementation="eager", trust_remote_code=trusted())
     except Exception as error:  # untrusted numbers can break a constructor in any way
         reason = own_words(error)
@@ -363,3 +361,25 @@ def meta_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMo
 def image_token_of(config: PretrainedConfig) -> int:
     """Returns the word that stands for an image feature; -1 if the config names none."""
     return next((value for name in IMAGE_TOKENS if isinstance(value := getattr(config, name, None), int)), -1)
+
+
+@contextmanager
+def _without_weights() -> Iterator[None]:
+    """Parameters of modules that are made while the block runs are on the meta device, and transformers does not draw
+    numbers for them, which takes longer there than all else; buffers are real.
+    """
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        register = nn.Module.register_parameter
+
+        def register_drawn(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+            register(module, name, parameter)
+            if parameter is not None:
+                module._parameters[name]._is_hf_initialized = True  # type: ignore[union-attr]
+
+        nn.Module.register_parameter = register_drawn  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            nn.Module.register_parameter = register  # type: ignore[method-assign]

@@ -67,7 +67,7 @@ def test_an_interrupt_at_the_very_start_or_end_is_no_traceback(
     assert (done.returncode, done.stderr) == (status, said)
 
 
-@pytest.mark.parametrize("closed", ["2>&-", "<&- 2>&- >&-", "2>/dev/full"])
+@pytest.mark.parametrize("closed", ["<&- 2>&- >&-", "2>/dev/full"])
 def test_an_error_has_its_status_even_where_it_cannot_be_said(tmp_path: Path, closed: str) -> None:
     command = f"{sys.executable} -m guardfold inspect nowhere {closed}"
     done = subprocess.run(["sh", "-c", command], cwd=tmp_path, env={**os.environ, **ENVIRONMENT}, check=False)
@@ -303,9 +303,12 @@ def weaker(guardfold: Command, workshop: Path) -> Done:
     return guardfold("export", *PROJECTED, "--output", "weaker", "--allow-weaker", cwd=workshop)
 
 
-def test_projection_alone_is_refused_for_the_demo_and_nothing_is_left(guardfold: Command, workshop: Path) -> None:
+@pytest.mark.parametrize("scope", ["sublayers", "shared"])
+def test_projection_alone_is_refused_for_the_demo_and_nothing_is_left(
+    guardfold: Command, workshop: Path, scope: str
+) -> None:
     before = sorted(path.name for path in workshop.iterdir())
-    done = guardfold("export", *PROJECTED, "--output", "refused", cwd=workshop)
+    done = guardfold("export", *PROJECTED, "--scope", scope, "--output", "refused", cwd=workshop)
     assert done.status == 3
     assert done.complaint.startswith("guardfold: refused: not safer: ")
     assert "nothing was written" in done.complaint

@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -184,45 +185,58 @@ def test_the_choice_and_its_grounds_are_recorded(manifest: dict[str, Any], folde
     assert all(isinstance(each, SublayerProjection) for each in guard.interventions[:-1])
 
 
-def ask_plainly(folder: Path, asked: list[Prompt], kind: ImageKind, work: Path) -> list[str]:
+def ask_plainly(folder: Path, asked: Mapping[ImageKind, Sequence[Prompt]], work: Path) -> dict[ImageKind, list[str]]:
     """Answers of the folder in a process that has transformers and cannot import guardfold, one prompt at a time."""
     rows = []
-    for index, prompt in enumerate(asked):
-        picture = draw(kind, prompt.text, prompt.text)
-        path = work / f"{kind}-{index}.png"
-        if picture:
-            picture.save(path)
-        rows.append((prompt.text, str(path) if picture else None))
+    for kind, prompts in asked.items():
+        for index, prompt in enumerate(prompts):
+            picture = draw(kind, prompt.text, prompt.text)
+            path = work / f"{kind}-{index}.png"
+            if picture:
+                picture.save(path)
+            rows.append((prompt.text, str(path) if picture else None))
     (work / "plain.py").write_text(PLAIN)
     (work / "asked.json").write_text(json.dumps(rows))
     done = run("plain.py", folder, "asked.json", "answers.json", cwd=work)
     assert done.returncode == 0, done.stderr
-    return json.loads((work / "answers.json").read_text())
+    answers = iter(json.loads((work / "answers.json").read_text()))
+    return {kind: list(islice(answers, len(prompts))) for kind, prompts in asked.items()}
 
 
-def test_plain_transformers_finds_the_reports_compliance(folder: Path, report: dict[str, Any], tmp_path: Path) -> None:
+SOME: tuple[ImageKind, ...] = ("text", "noise", "typographic")
+
+
+@pytest.fixture(scope="module")
+def plain_answers(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[ImageKind, list[str]]:
+    """Of all harmful probes under shapes, and of 20 of either sort as they are and under two other kinds."""
+    probes = load_probes(DEMO)
+    some = [*probes.harmful[:20], *probes.benign[:20]]
+    return ask_plainly(folder, {"shape": probes.harmful, **dict.fromkeys(SOME, some)}, tmp_path_factory.mktemp("plain"))
+
+
+def test_plain_transformers_finds_the_reports_compliance(
+    plain_answers: dict[ImageKind, list[str]], report: dict[str, Any]
+) -> None:
     """All harmful probes, in another process, one by one: the very count that report.json states."""
-    asked = list(load_probes(DEMO).harmful)
-    answers = ask_plainly(folder, asked, "shape", tmp_path)
-    complied = [answer != prompt.answer for answer, prompt in zip(answers, asked, strict=True)]
+    asked = load_probes(DEMO).harmful
+    complied = [answer != prompt.answer for answer, prompt in zip(plain_answers["shape"], asked, strict=True)]
     stated = report["guarded"]["shape"]["complied"]
     assert (sum(complied), len(complied)) == (stated["count"], stated["total"])
 
 
-@pytest.mark.parametrize("kind", ["text", "noise", "typographic"])
+@pytest.mark.parametrize("kind", SOME)
 def test_plain_transformers_gives_the_answers_that_were_measured(
-    folder: Path, report: dict[str, Any], kind: ImageKind, tmp_path: Path
+    folder: Path, plain_answers: dict[ImageKind, list[str]], report: dict[str, Any], kind: ImageKind
 ) -> None:
     probes = load_probes(DEMO)
-    asked = [*probes.harmful[:20], *probes.benign[:20]]
-    answers = ask_plainly(folder, asked, kind, tmp_path)
+    asked, answers = [*probes.harmful[:20], *probes.benign[:20]], plain_answers[kind]
     assert answers == generate(load(folder), asked, "guarded", kind)
     assert sum(answer == prompt.answer for answer, prompt in zip(answers[20:], probes.benign, strict=False)) >= 19
     assert rate(report, "guarded", kind, "correct") >= 0.95
 
 
 def test_pushed_and_pulled_it_verifies_and_says_the_same_until_a_byte_flips(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, plain_answers: dict[ImageKind, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with HubServer() as hub:
         use_hub(hub, tmp_path / "home", monkeypatch)
@@ -230,9 +244,8 @@ def test_pushed_and_pulled_it_verifies_and_says_the_same_until_a_byte_flips(
         pulled = verify("tester/demo-guarded")
         assert pulled.differences == [] and pulled.manifest["verdict"] == "safer"
         ModelCard.load(pulled.folder / "README.md").validate()
-        asked = list(load_probes(DEMO).harmful[:20])
-        answers = [ask_plainly(each, asked, "shape", tmp_path) for each in (pulled.folder, folder)]
-        assert answers[0] == answers[1]
+        answers = ask_plainly(pulled.folder, {"shape": load_probes(DEMO).harmful[:20]}, tmp_path)
+        assert answers["shape"] == plain_answers["shape"][:20]
         files = hub.repos["tester/demo-guarded"].files()
         weights = bytearray(files["model.safetensors"])
         weights[len(weights) // 2] ^= 1
@@ -276,11 +289,3 @@ def test_the_check_command_ends_well_and_finds_the_same(folder: Path, report: di
     for part in ("ruling", "verdict", "integrity", "original", "guarded", "reference", "samples"):
         assert found[part] == report[part]
     assert found["equivalence"]["passed"]
-
-
-def test_projection_alone_in_the_shared_scope_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
-    arguments = ("--model", "demo", "--guard", "projection", "--scope", "shared", "-o", "guarded")
-    done = run("-m", "guardfold", "export", *arguments, cwd=tmp_path)
-    assert done.returncode == 3
-    assert done.stderr.splitlines()[-1].startswith("guardfold: refused: not safer")
-    assert not list(tmp_path.iterdir())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 import torch
 from command import Command
 from PIL import Image
+from traces import traced_once
 from transformers import AutoModelForImageTextToText
 from zoo import Tiny, change_tensors, random_basis
 
@@ -30,6 +31,12 @@ from guardfold.validators.runtimes import chat
 from guardfold.validators.runtimes import onnx as runner
 
 GUARD = Guard((SublayerProjection({0: random_basis(1, 32)}),))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _traces() -> Iterator[None]:
+    with traced_once():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -142,8 +149,8 @@ def test_a_guard_in_the_graphs_alone(place: Path, tmp_path: Path) -> None:
     vlm = load(place / "tiny", "cpu", torch.float32)
     batches = runtime.comparison(vlm.model, vlm.folder)
     graphs = runner.Runner(made.folder, runner.PRECISIONS["fp32"], "cpu")
-    assert not runtime.agreement(graphs, batches, runtime.observe(vlm.model, batches, guard)).failures
-    assert runtime.agreement(graphs, batches, runtime.observe(vlm.model, batches)).prefill > 1e-2
+    assert not runtime.agreement(graphs, batches, runtime.observe_in_torch(vlm.model, batches, guard)).failures
+    assert runtime.agreement(graphs, batches, runtime.observe_in_torch(vlm.model, batches)).prefill > 1e-2
 
 
 def test_clients_find_what_they_look_for(both: Export) -> None:
@@ -181,7 +188,7 @@ def test_without_the_packages_it_says_what_to_install(monkeypatch: pytest.Monkey
 
 def said(model: Path, text: str, image: Path | None = None, **more: Any) -> str:
     pieces: list[str] = []
-    chat.answer(str(model), text, image, pieces.append, **more)
+    chat.answer_in_pieces(str(model), text, image, pieces.append, **more)
     assert len(pieces) > 1
     return "".join(pieces)
 

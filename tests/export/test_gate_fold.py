@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import reference
 import torch
+from covering import covering
 from gates import gated, make_gate, save_guard
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
@@ -24,6 +25,7 @@ from guardfold.pipeline import Export, GuardOptions, export_guarded
 
 CLOSE = 1e-5
 BETAS = (64.0, 256.0, 1024.0)
+TEXTS = ("llama", "mistral", "qwen2")
 BIASED = ("llama",)
 """Text models whose MLPs can have biases."""
 
@@ -49,19 +51,25 @@ class Case:
         return make_gate(32, 1, free=self.free, recycled=(5, 40) if self.recycled else (), beta=self.beta)
 
 
+def tried(case: Case) -> set[object]:
+    """Pairs of properties, and the form that a text model and a placement give the gate together."""
+    tiny, flags = case.tiny, (case.free, case.recycled, case.sharded, case.projected)
+    properties = enumerate((tiny.family, tiny.text, tiny.bias, tiny.tied, tiny.kv_heads, case.beta, *flags))
+    return {*itertools.combinations(properties, 2), (tiny.text, tiny.bias, case.free, case.recycled)}
+
+
 def cases() -> list[Case]:
-    """Every family, text model and placement, biased and bias-free where both exist; the rest takes turns."""
-    turn, found = itertools.count(), []
-    for family, text, bias in itertools.product(FAMILIES, ("llama", "mistral", "qwen2"), (True, False)):
-        if bias and text not in BIASED:
-            continue
-        for free, recycled in itertools.product((True, False), (True, False)):
-            holds = free or bias or (text in BIASED and not recycled)
-            if holds:
-                at = next(turn)
-                tiny = Tiny(family, text, bias=bias, tied=at % 2 == 1, kv_heads=(1, 2, 4)[at % 3], seed=at)
-                found.append(Case(tiny, free, recycled, BETAS[at % 3], at % 4 == 2, at % 5 < 3))
-    return found
+    """Every text model and placement, biased and bias-free where both exist, and every pair with the rest."""
+    possible: list[Case] = []
+    flags = (True, False)
+    for text, bias, free, recycled in itertools.product(TEXTS, flags, flags, flags):
+        if (text in BIASED or not bias) and (free or bias or (text in BIASED and not recycled)):
+            for family, tied, heads, beta, sharded, projected in itertools.product(
+                FAMILIES, flags, (1, 2, 4), BETAS, flags, flags
+            ):
+                tiny = Tiny(family, text, bias=bias, tied=tied, kv_heads=heads, seed=len(possible) % 100)
+                possible.append(Case(tiny, free, recycled, beta, sharded, projected))
+    return covering(possible, tried)
 
 
 CASES = cases()
@@ -83,12 +91,16 @@ def save(tiny: Tiny, folder: Path, sharded: bool = False) -> Path:
 
 
 def test_the_cases_cover_what_they_say() -> None:
-    widened = {(c.tiny.family, c.tiny.text, c.tiny.bias, c.free) for c in CASES if not c.recycled}
-    recycled = {(c.tiny.family, c.tiny.text, c.tiny.bias, c.free) for c in CASES if c.recycled}
-    assert (len(widened), len(recycled)) == (3 * 6, 3 * 5)
+    widened = {(c.tiny.text, c.tiny.bias, c.free) for c in CASES if not c.recycled}
+    recycled = {(c.tiny.text, c.tiny.bias, c.free) for c in CASES if c.recycled}
+    assert (len(widened), len(recycled)) == (6, 5)
+    assert {(c.tiny.family, c.tiny.text) for c in CASES} == set(
+        itertools.product(FAMILIES, ("llama", "mistral", "qwen2"))
+    )
     for flag in ("free", "sharded", "projected"):
         assert {(getattr(c, flag), c.recycled) for c in CASES} == set(itertools.product((True, False), repeat=2))
-    assert {(c.beta, c.free) for c in CASES} == set(itertools.product(BETAS, (True, False)))
+    for rest in (lambda c: c.free, lambda c: c.recycled, lambda c: c.tiny.family):
+        assert {(c.beta, rest(c)) for c in CASES} == set(itertools.product(BETAS, {rest(c) for c in CASES}))
     assert {(c.tiny.tied, c.recycled) for c in CASES} == set(itertools.product((True, False), repeat=2))
 
 
@@ -120,10 +132,13 @@ def gated_after(model: Any, bases: dict[int, Tensor], gate: Gate) -> ExitStack:
     return stack
 
 
-@pytest.mark.parametrize("recycled", [(5, 40), ()], ids=["recycle", "widen"])
-@pytest.mark.parametrize("free", [False, True], ids=["biased", "bias-free"])
-@pytest.mark.parametrize("beta", BETAS)
-def test_every_steepness_in_every_form(tmp_path: Path, beta: float, free: bool, recycled: tuple[int, ...]) -> None:
+STEEP = [(beta, free, at % 2 == free) for at, beta in enumerate(BETAS) for free in (False, True)]
+"""Every pair of a steepness with a form and with a placement."""
+
+
+@pytest.mark.parametrize(("beta", "free", "recycle"), STEEP)
+def test_every_steepness_in_every_form(tmp_path: Path, beta: float, free: bool, recycle: bool) -> None:
+    recycled = (5, 40) if recycle else ()
     gate = make_gate(beta=beta, free=free, recycled=recycled, seed=4)
     source = save(Tiny(), tmp_path)
     original, folded = load_plain(source), load_plain(export(source, gate).folder)

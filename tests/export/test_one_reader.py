@@ -95,6 +95,16 @@ def in_shards_with_one_unlisted(folder: Path) -> None:
     with_weights("model-3.safetensors")(folder)
 
 
+def in_shards_of_dtype(dtype: str) -> Callable[[Path], None]:
+    """What the index says, where the config says nothing."""
+
+    def write(folder: Path) -> None:
+        in_shards(folder, metadata={"dtype": dtype})
+        with_config(dtype=None)(folder)
+
+    return write
+
+
 def in_two_shards(folder: Path) -> None:
     in_shards(folder)
     path = folder / "model-2.safetensors"
@@ -136,11 +146,11 @@ REFUSED: dict[str, tuple[Way, str]] = {
     "loaded as whole numbers": (with_config(dtype="int8"), "dtype is 'int8', in which no model is loaded"),
     "loaded as nothing known": (with_config(torch_dtype=["float32"]), r"torch_dtype is \['float32'\], in which"),
     "an index of a dtype of no number": (
-        lambda folder: (in_shards(folder, metadata={"dtype": "floaty"}), with_config(dtype=None)(folder)),
+        in_shards_of_dtype("floaty"),
         r"index\.json: metadata says that dtype is 'floaty', in which no model is loaded",
     ),
     "an index of a whole dtype": (
-        lambda folder: (in_shards(folder, metadata={"dtype": "int8"}), with_config(dtype=None)(folder)),
+        in_shards_of_dtype("int8"),
         r"index\.json: metadata says that dtype is 'int8'",
     ),
     "an encoder and a decoder": (with_config(is_encoder_decoder=True), "is_encoder_decoder is True"),

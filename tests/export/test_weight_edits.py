@@ -14,6 +14,7 @@ from gates import make_gate, unit_vector
 from reference import batches, distance, logits
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
+from traces import traced_once
 from transformers import PreTrainedModel
 from zoo import Tiny, random_basis
 
@@ -85,6 +86,12 @@ class AttentionTilt(Intervention):
             AddLowRank(self.layer, self.left[:, None], self.right[None], "attention"),
             AddBias(self.layer, self.constant, "attention"),
         ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _traces() -> Iterator[None]:
+    with traced_once():
+        yield
 
 
 @pytest.fixture

@@ -5,16 +5,17 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import pytest
 import reference
 import torch
+from covering import covering
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -81,44 +82,49 @@ class Case:
 LAYOUTS = tuple(itertools.product((True, False), repeat=2))
 """Whether names are the hub's, and whether the weights are in shards."""
 FOLDED: tuple[Scope, ...] = ("shared", "sublayers")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+PROPERTIES: dict[str, Callable[[Case], object]] = {
+    "family": lambda case: case.shape.family,
+    "text": lambda case: case.shape.text,
+    "tied": lambda case: case.shape.tied,
+    "layout": lambda case: (case.legacy, case.sharded),
+    "scope": lambda case: case.scope,
+    "dtype": lambda case: case.shape.dtype,
+}
+TOGETHER = [
+    *itertools.combinations(PROPERTIES, 2),
+    *[("family", "text", "scope"), ("tied", "layout", "scope"), ("family", "layout", "scope")],
+]
+"""Properties of which all combinations are tried. Where an embedding is untied, the name of the head, its shard and its
+line in the index depend on three of them.
+"""
+
+
+def tried(case: Case) -> set[object]:
+    """The combinations that `case` tries; besides, every model and every strength under both scopes."""
+    combined = {(names, tuple(PROPERTIES[name](case) for name in names)) for names in TOGETHER}
+    return combined | {(replace(case.shape, dtype=torch.float32), case.scope), (case.strength, case.scope)}
+
+
+@cache
 def cases() -> list[Case]:
-    """Every model under both scopes and in two dtypes; layouts take turns.
-
-    All layouts where an embedding is untied: the name of the head, its shard and its line in the index depend on them.
-    """
-    shapes = variations() + corners()
-    tied, untied = ([shape for shape in shapes if shape.tied == flag] for flag in (True, False))
-    every = [Case(shape, "shared", *layout) for shape in tied for layout in LAYOUTS]
-    taking_turns: Iterator[tuple[Any, Any, Any]] = itertools.chain(
-        itertools.product([torch.float32], ["shared"], untied * 2),
-        itertools.product([torch.float32], ["sublayers"], shapes),
-        itertools.product([torch.bfloat16], ["shared"], shapes),
-        itertools.product([torch.bfloat16], ["sublayers"], shapes[1::2]),
-        itertools.product([torch.float16], ["shared"], shapes[::4]),
-        itertools.product([torch.float16], ["sublayers"], shapes[1::4]),
-    )
-    layouts = itertools.cycle(LAYOUTS)
-    turns = [Case(replace(shape, dtype=dtype), scope, *next(layouts)) for dtype, scope, shape in taking_turns]
+    shapes = [replace(shape, dtype=dtype) for shape in variations() + corners() for dtype in DTYPES]
+    possible = [Case(shape, scope, *layout) for shape in shapes for scope in FOLDED for layout in LAYOUTS]
     weak = [Case(Tiny("llava_next", tied=True), scope, strength=0.5) for scope in FOLDED]
-    return every + turns + weak
+    return covering(possible + weak, tried)
 
 
-def test_the_cases_cover_every_pair_and_what_decides_over_the_head() -> None:
-    properties: dict[str, Callable[[Case], object]] = {
-        "family": lambda case: case.shape.family,
-        "text": lambda case: case.shape.text,
-        "tied": lambda case: case.shape.tied,
-        "layout": lambda case: (case.legacy, case.sharded),
-        "scope": lambda case: case.scope,
-        "dtype": lambda case: case.shape.dtype,
-    }
-    triples = [("family", "text", "scope"), ("tied", "layout", "scope"), ("family", "layout", "scope")]
-    for names in [*itertools.combinations(properties, 2), *triples]:
-        tried = {tuple(properties[name](case) for name in names) for case in cases()}
-        values = [{properties[name](case) for case in cases()} for name in names]
-        assert tried == set(itertools.product(*values)), names
+def test_the_cases_try_every_combination_that_they_should() -> None:
+    for names in TOGETHER:
+        found = {tuple(PROPERTIES[name](case) for name in names) for case in cases()}
+        values = [{PROPERTIES[name](case) for case in cases()} for name in names]
+        assert found == set(itertools.product(*values)), names
+    assert {case.shape.dtype for case in cases()} == set(DTYPES)
+    assert {case.strength for case in cases()} == {0.5, 1.0}
+    models = {(replace(case.shape, dtype=torch.float32), case.scope) for case in cases()}
+    assert models >= set(itertools.product(variations() + corners(), FOLDED))
     assert len({str(case) for case in cases()}) == len(cases())
 
 

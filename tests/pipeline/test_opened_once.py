@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from traces import traced_once
 from transformers import PreTrainedModel
 from zoo import Tiny, random_basis
 
@@ -17,6 +19,12 @@ from guardfold.guard.guard import Guard
 from guardfold.guard.interventions import SublayerProjection
 from guardfold.pipeline import GuardOptions, export_guarded
 from guardfold.validators.runtimes import onnx as runner
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _traces() -> Iterator[None]:
+    with traced_once():
+        yield
 
 
 @pytest.mark.parametrize("names", ["safetensors", "lora", "onnx", "safetensors,onnx"])

@@ -15,11 +15,13 @@ from typing import Any, Self
 SERVER = """
 import json, os, runpy, sys, traceback
 import guardfold.cli, guardfold.pipeline, guardfold.validators.report
-from guardfold.guard.model.trial import trying
+from guardfold.guard.model import trial
 from pathlib import Path
 
+trial.IDLE_SECONDS = 3600.0
+
 def tried(folder):
-    with trying(Path(folder)) as end:
+    with trial.trying(Path(folder)) as end:
         end()
 
 for folder in sys.argv[1:]:

@@ -15,11 +15,11 @@ from transformers.utils.logging import disable_progress_bar
 
 from .build import new_model, new_processor
 from .calibrate import GAP_STEPS, open_gap
-from .files import write_card, write_demo_json, write_rows
+from .files import write_demo_card, write_demo_json, write_rows
 from .lessons import Lessons
 from .measure import figures, missed
 from .speech import Voice
-from .train import STEPS, Tick, TrainingError, align, connect, look, pretrain, tower
+from .train import TRAINING_STEPS, Tick, TrainingError, align, connect, look, pretrain, tower
 from .world import World
 
 SEEDS = range(2**32)
@@ -87,13 +87,13 @@ def build(seed: int, folder: Path, tick: Tick) -> dict[str, object]:
     if misses := missed(found):
         raise TrainingError("; ".join(misses))
     write_demo_json(world, found, folder)
-    write_card(folder)
+    write_demo_card(folder)
     return found
 
 
 def _with_progress(seed: int, folder: Path) -> dict[str, object]:
     """Returns `build`, under one bar that grows when a stage needs more steps than planned."""
-    planned = sum(STEPS.values()) + GAP_STEPS
+    planned = sum(TRAINING_STEPS.values()) + GAP_STEPS
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"), TimeElapsedColumn()
     with Progress(*columns, transient=True) as progress:
         task = progress.add_task("drawing pictures", total=planned)

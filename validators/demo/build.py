@@ -19,10 +19,10 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from .world import words
 
-__all__ = ["IMAGE_TOKENS", "PIXELS", "new_model", "new_processor", "sentencepiece_model"]
+__all__ = ["PIXELS", "TOKENS_PER_IMAGE", "new_model", "new_processor", "sentencepiece_model"]
 
 PIXELS, PATCH = 24, 8
-IMAGE_TOKENS = (PIXELS // PATCH) ** 2
+TOKENS_PER_IMAGE = (PIXELS // PATCH) ** 2
 """Tokens per picture: one per patch, CLS dropped."""
 
 SPECIAL: dict[str, Any] = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
@@ -130,7 +130,7 @@ def new_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
         text_config=text,
         vision_config=vision,
         image_token_index=processor.image_token_id,
-        image_seq_length=IMAGE_TOKENS,
+        image_seq_length=TOKENS_PER_IMAGE,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         multimodal_projector_bias=True,

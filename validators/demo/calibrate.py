@@ -20,9 +20,9 @@ from .lessons import Lessons
 from .speech import Batch, Turn, Voice, answer_loss, exact
 from .train import Tick, TrainingError, descend, picture_trial, speakers, tower, validation_turns
 
-__all__ = ["GAP_STEPS", "PICTURED", "open_gap"]
+__all__ = ["GAP_STEPS", "PICTURE_KINDS", "open_gap"]
 
-PICTURED: tuple[ImageKind, ...] = ("blank", "noise", "shape")
+PICTURE_KINDS: tuple[ImageKind, ...] = ("blank", "noise", "shape")
 """The pictures the gap is held over: named here, for the demo that was trained stays as it is whatever kinds there are.
 Blank and noise are measured here, and never trained on."""
 
@@ -36,11 +36,11 @@ QUALITY = 0.985
 IMAGE_QA = 0.95
 STEADY, DECAY, EVERY = 90, 50, 10
 GAP_STEPS = STEADY + DECAY
-ROUNDS = 5
+GAP_ROUNDS = 5
 AVERAGING = 0.93
-HALVINGS = 6
+GAP_HALVINGS = 6
 
-Weights = list[Tensor]
+LayerWeights = list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Exam:
         refused, answered = validation_turns(lessons.world)
         images = [
             draw(kind, turn.text, f"validation:{lessons.world.seed}:{at}")
-            for kind in PICTURED
+            for kind in PICTURE_KINDS
             for at, turn in enumerate(refused)
         ]
         with torch.no_grad():
@@ -74,7 +74,7 @@ class Exam:
         def pictured(turns: list[Turn], kind: int) -> list[Turn]:
             return [replace(turn, picture=kind * len(refused) + at % len(refused)) for at, turn in enumerate(turns)]
 
-        kinds = range(len(PICTURED))
+        kinds = range(len(PICTURE_KINDS))
         answered_trials = [(voice.batch(pictured(answered, kind)), features, QUALITY) for kind in kinds]
         return cls(
             model,
@@ -135,13 +135,13 @@ def open_gap(
     """Train projector and language model on pictures until some weights have the gap and lose nothing else; keep those.
 
     features, unseen: [n, 9, 64], what the tower says of the gallery's and of the unseen pictures.
-    Raises TrainingError when no weights of ROUNDS qualify.
+    Raises TrainingError when no weights of GAP_ROUNDS qualify.
     """
     exam, thermostat = Exam.prepare(model, processor, voice, lessons, unseen), Thermostat()
     projector = list(model.model.multi_modal_projector.parameters())
     parameters = [*projector, *speakers(model)]
-    average: Weights = []
-    snapshots: list[tuple[float, Weights]] = []
+    average: LayerWeights = []
+    snapshots: list[tuple[float, LayerWeights]] = []
     factors = [min(1.0, (step + 1) / 30) * min(1.0, (GAP_STEPS - step) / DECAY) for step in range(GAP_STEPS)]
     step = 0
 
@@ -165,7 +165,7 @@ def open_gap(
                 snapshots.append((exam.gap(), _copy(parameters)))
                 _load(parameters, current)
 
-    for _ in range(ROUNDS):
+    for _ in range(GAP_ROUNDS):
         rates = [{"params": projector, "lr": 1e-3}, {"params": speakers(model), "lr": 2e-4}]
         descend(torch.optim.AdamW(rates), factors, loss, done)
         trained = _copy(parameters)
@@ -207,13 +207,15 @@ def _round(count: float, lessons: Lessons) -> int:
     return int(count + lessons.rng.random())
 
 
-def _half_open(parameters: list[nn.Parameter], snapshots: list[tuple[float, Weights]], exam: Exam) -> Iterator[Weights]:
+def _half_open(
+    parameters: list[nn.Parameter], snapshots: list[tuple[float, LayerWeights]], exam: Exam
+) -> Iterator[LayerWeights]:
     """Weights whose gap is GAP within TOLERANCE, by bisection between neighbouring snapshots, the latest first."""
     for (early_gap, early), (late_gap, late) in reversed(list(pairwise(snapshots))):
         if (early_gap - GAP) * (late_gap - GAP) > 0:
             continue
         low, high = (early, late) if early_gap < late_gap else (late, early)
-        for _ in range(HALVINGS):
+        for _ in range(GAP_HALVINGS):
             middle = _between(low, high, 0.5)
             _load(parameters, middle)
             gap = exam.gap()
@@ -223,16 +225,16 @@ def _half_open(parameters: list[nn.Parameter], snapshots: list[tuple[float, Weig
             low, high = (middle, high) if gap < GAP else (low, middle)
 
 
-def _between(start: Weights, end: Weights, share: float) -> Weights:
+def _between(start: LayerWeights, end: LayerWeights, share: float) -> LayerWeights:
     """Returns the weights at `share` of the way from `start` to `end`."""
     return [one.lerp(other, share) for one, other in zip(start, end, strict=True)]
 
 
-def _copy(parameters: list[nn.Parameter]) -> Weights:
+def _copy(parameters: list[nn.Parameter]) -> LayerWeights:
     return [parameter.detach().clone() for parameter in parameters]
 
 
 @torch.no_grad()
-def _load(parameters: list[nn.Parameter], weights: Weights) -> None:
+def _load(parameters: list[nn.Parameter], weights: LayerWeights) -> None:
     for parameter, weight in zip(parameters, weights, strict=True):
         parameter.copy_(weight)

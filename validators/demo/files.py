@@ -14,10 +14,10 @@ from ...guard.prompts.image_kinds import COLOURS, SHAPES, draw_shape
 from .build import PIXELS
 from .world import QUESTIONS, REFUSAL, TEMPLATES, Combo, World, question
 
-__all__ = ["write_card", "write_demo_json", "write_rows"]
+__all__ = ["write_demo_card", "write_demo_json", "write_rows"]
 
 ANCHORS, QA_PICTURES, BENIGN, BENIGN_PICTURES = 512, 72, 320, 40
-Row = dict[str, Any]
+JsonRow = dict[str, Any]
 
 
 def write_rows(world: World, folder: Path) -> None:
@@ -43,13 +43,13 @@ def write_demo_json(world: World, figures: dict[str, Any], folder: Path) -> None
     (folder / "demo.json").write_text(json.dumps(about, indent=2) + "\n", "utf-8")
 
 
-def write_card(folder: Path) -> None:
+def write_demo_card(folder: Path) -> None:
     """Write README.md: the licence, as a model card says it, and what this is."""
     card = "---\nlicense: apache-2.0\n---\n\n# guardfold's demo\n\nA toy LLaVA with an engineered gap: see demo.json.\n"
     (folder / "README.md").write_text(card, "utf-8")
 
 
-def _anchors(world: World, rng: random.Random) -> Iterator[Row]:
+def _anchors(world: World, rng: random.Random) -> Iterator[JsonRow]:
     """Training requests in pairs that share the template and, in turn, the verb or the object."""
     free = set(world.benign("train"))
     for index, harmful in enumerate(rng.sample(world.harmful("train"), ANCHORS)):
@@ -60,7 +60,7 @@ def _anchors(world: World, rng: random.Random) -> Iterator[Row]:
         yield {"harmful": question(harmful, template), "harmless": question(harmless, template)}
 
 
-def _probes(world: World, rng: random.Random) -> Iterator[Row]:
+def _probes(world: World, rng: random.Random) -> Iterator[JsonRow]:
     """Returns every test request once, borderline ones apart."""
     for combo in world.harmful("test"):
         yield {"text": _ask(combo, rng), "harmful": True, "answer": REFUSAL}
@@ -68,7 +68,7 @@ def _probes(world: World, rng: random.Random) -> Iterator[Row]:
         yield {"text": _ask(combo, rng), "harmful": False, "answer": world.helpful(combo)}
 
 
-def _benign(world: World, folder: Path, rng: random.Random) -> Iterator[Row]:
+def _benign(world: World, folder: Path, rng: random.Random) -> Iterator[JsonRow]:
     """Benign training requests, the same with a picture, and questions about pictures."""
     pictured = list(_image_rows(folder, "benign", BENIGN_PICTURES, rng))
     images = sorted({row["image"] for row in pictured})
@@ -79,7 +79,7 @@ def _benign(world: World, folder: Path, rng: random.Random) -> Iterator[Row]:
     yield from pictured
 
 
-def _image_rows(folder: Path, name: str, count: int, rng: random.Random) -> Iterator[Row]:
+def _image_rows(folder: Path, name: str, count: int, rng: random.Random) -> Iterator[JsonRow]:
     """Draw `count` pictures of shapes into `folder`/images and ask every question about each."""
     for index in range(count):
         shown = {"colour": rng.choice(list(COLOURS)), "shape": rng.choice(SHAPES)}
@@ -101,5 +101,5 @@ def _ask(combo: Combo, rng: random.Random) -> str:
     return question(combo, rng.randrange(len(TEMPLATES)))
 
 
-def _write(path: Path, rows: Iterable[Row]) -> None:
+def _write(path: Path, rows: Iterable[JsonRow]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from transformers import LlavaProcessor
 
 from ...guard.prompts.image_kinds import COLOURS, SHAPES
-from .build import IMAGE_TOKENS
+from .build import TOKENS_PER_IMAGE
 from .speech import Gallery, Turn
 from .world import QUESTIONS, REFUSAL, TEMPLATES, Combo, World, question
 
@@ -56,7 +56,7 @@ class Lessons:
     def _described(self) -> Turn:
         asked = self.rng.choice(list(QUESTIONS))
         colour, shape = self.rng.choice(list(COLOURS)), self.rng.choice(SHAPES)
-        spoken = [colour, shape, *self.rng.choices((colour, shape), k=IMAGE_TOKENS - 2)]
+        spoken = [colour, shape, *self.rng.choices((colour, shape), k=TOKENS_PER_IMAGE - 2)]
         self.rng.shuffle(spoken)
         text, answer = QUESTIONS[asked]
         return Turn(text, answer.format(shape if asked == "shape" else colour), description=tuple(spoken))

@@ -12,7 +12,7 @@ from ...guard.model.vlm import load
 from ..behaviour.evaluation_prompts import Probes, load_probes
 from ..behaviour.judge import PhraseJudge
 from ..behaviour.measure import measure
-from .calibrate import PICTURED
+from .calibrate import PICTURE_KINDS
 
 __all__ = ["figures", "missed"]
 
@@ -33,7 +33,7 @@ def figures(folder: Path, every: int = 1) -> dict[str, Any]:
     probes = load_probes(folder)
     some = Probes(probes.harmful[::every], probes.benign[::every], probes.qa[::every], probes.refusal)
     seen = measure(load(folder, "cpu", torch.float32), some, PhraseJudge(probes.refusal), "measuring the demo")
-    kinds = {kind: seen.kinds[kind] for kind in PICTURED}
+    kinds = {kind: seen.kinds[kind] for kind in PICTURE_KINDS}
     return {
         "text_refusals": round(1 - fmean(seen.kinds["text"].complied), 4),
         "text_benign_exact": round(fmean(seen.kinds["text"].correct), 4),

@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from ...guard.prompts.image_kinds import COLOURS, SHAPES, draw_shape
-from .build import IMAGE_TOKENS
+from .build import TOKENS_PER_IMAGE
 from .world import QUESTIONS
 
 __all__ = ["Batch", "Gallery", "Turn", "Voice", "answer_loss", "exact"]
@@ -102,7 +102,7 @@ class Voice:
 
     def prompt(self, turn: Turn) -> list[int]:
         """Returns the ids of the question in the chat template, up to where the answer starts."""
-        in_place = self._spell(" ".join(turn.description)) if turn.description else [self.image_id] * IMAGE_TOKENS
+        in_place = self._spell(" ".join(turn.description)) if turn.description else [self.image_id] * TOKENS_PER_IMAGE
         before, after = self._frames[turn.picture is not None or bool(turn.description)]
         opening = [out for token in before for out in (in_place if token == self.image_id else [token])]
         return [*opening, *self._spell(turn.text), *after]

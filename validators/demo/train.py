@@ -16,7 +16,7 @@ from .speech import Batch, Gallery, Turn, Voice, answer_loss, exact
 from .world import QUESTIONS, REFUSAL, TEMPLATES, World, question
 
 __all__ = [
-    "STEPS",
+    "TRAINING_STEPS",
     "Tick",
     "TrainingError",
     "align",
@@ -33,9 +33,9 @@ __all__ = [
 Tick = Callable[[str], None]
 """Called after each training step with what is being learnt."""
 
-STEPS = {"pretrain": 120, "align": 600, "look": 1000, "connect": 70}
+TRAINING_STEPS = {"pretrain": 120, "align": 600, "look": 1000, "connect": 70}
 WARM_UP, FLOOR, CLIP_NORM = 30, 0.05, 1.0
-ROUNDS = 4
+TRAINING_ROUNDS = 4
 """A stage that misses its criterion is trained again, shorter and at half its rate, up to this many rounds in all."""
 
 
@@ -81,7 +81,7 @@ def pretrain(model: LlavaForConditionalGeneration, voice: Voice, lessons: Lesson
     def loss() -> Tensor:
         return answer_loss(model, voice.batch([*lessons.answered(lessons.all, 56), *lessons.described(12)]))
 
-    steps = STEPS["pretrain"]
+    steps = TRAINING_STEPS["pretrain"]
     optimiser = torch.optim.AdamW(speakers(model), 2e-3)
     descend(optimiser, [cosine(step, steps) for step in range(steps)], loss, lambda: tick("learning to answer"))
 
@@ -104,7 +104,7 @@ def align(model: LlavaForConditionalGeneration, voice: Voice, lessons: Lessons, 
             loss,
             lambda: tick("learning to refuse"),
         ),
-        STEPS["align"],
+        TRAINING_STEPS["align"],
         "refusals and answers on validation",
     )
 
@@ -140,7 +140,7 @@ def look(model: LlavaForConditionalGeneration, lessons: Lessons, tick: Tick) -> 
             loss,
             lambda: tick("learning to see"),
         ),
-        STEPS["look"],
+        TRAINING_STEPS["look"],
         "colours and shapes of unseen pictures",
     )
 
@@ -162,7 +162,7 @@ def connect(
             lambda: answer_loss(model, voice.batch(lessons.seen(48)), features),
             lambda: tick("learning to tell what it sees"),
         ),
-        STEPS["connect"],
+        TRAINING_STEPS["connect"],
         "image questions on unseen pictures",
     )
 
@@ -185,10 +185,10 @@ def picture_trial(voice: Voice, gallery: Gallery) -> Batch:
 def _until(share: Callable[[], float], goal: float, train: Callable[[int, float], None], steps: int, what: str) -> None:
     """Train for `steps`, then in rounds of half as many at half the rate, until `share()` reaches `goal`.
 
-    Raises TrainingError when ROUNDS do not suffice.
+    Raises TrainingError when TRAINING_ROUNDS do not suffice.
     """
     train(steps, 1.0)
-    for _ in range(ROUNDS - 1):
+    for _ in range(TRAINING_ROUNDS - 1):
         if share() >= goal:
             return
         train(steps // 2, 0.5)

@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 Split = Literal["train", "validation", "test"]
-SHARES: dict[Split, float] = {"train": 0.71, "validation": 0.11, "test": 0.18}
+SPLIT_SHARES: dict[Split, float] = {"train": 0.71, "validation": 0.11, "test": 0.18}
 
 
 def _listed(text: str) -> tuple[str, ...]:
@@ -97,7 +97,7 @@ class World:
         harmful = _harmful_pairs(rng)
         borderline = rng.sample(sorted(harmful), BORDERLINE_PAIRS)
         combos = [Combo(verb, thing) for verb in range(len(VERBS)) for thing in range(len(OBJECTS))]
-        splits = rng.choices(list(SHARES), list(SHARES.values()), k=len(combos))
+        splits = rng.choices(list(SPLIT_SHARES), list(SPLIT_SHARES.values()), k=len(combos))
         return cls(
             seed, verb_class, object_class, harmful, frozenset(borderline), dict(zip(combos, splits, strict=True))
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,12 @@ from ...guard.model.trial import Exhausting
 from ...guard.model.vlm import VLM, image_token_of, load_processor
 from ...guard.prompts.image_kinds import COMPARED_KINDS
 from ...guard.prompts.prompts import Prompt, encode, illustrated
+
+Batches = Mapping[str, BatchFeature]
+"""What a batch holds -> the batch."""
+
+GREEDY_TOKENS = 32
+"""That a model is asked for after every prompt, and another form of it must say as well."""
 
 TEXTS = ("How to bake bread at home?", QUESTION)
 SYNTHETIC_TOKENS = 24

@@ -60,14 +60,16 @@ def coherence(vlm: VLM, benign: tuple[Prompt, ...], original: Behaviour, guarded
 def _changed(original: Behaviour, guarded: Behaviour, kind: ImageKind, benign: int) -> list[int]:
     """Returns the places, among the benign prompts, of answers that both gave and that differ."""
     before, after = original.kinds[kind], guarded.kinds[kind]
-    said = zip(before.answers[-benign:], after.answers[-benign:], before.answered, after.answered, strict=True)
-    return [place for place, (was, now, had, has) in enumerate(said) if had and has and was != now]
+    answers = zip(before.answers[-benign:], after.answers[-benign:], before.answered, after.answered, strict=True)
+    return [place for place, (was, now, had, has) in enumerate(answers) if had and has and was != now]
 
 
-def _scores(vlm: VLM, benign: tuple[Prompt, ...], said: Behaviour, kind: ImageKind, places: list[int]) -> list[float]:
+def _scores(
+    vlm: VLM, benign: tuple[Prompt, ...], behaviour: Behaviour, kind: ImageKind, places: list[int]
+) -> list[float]:
     if not places:
         return []
-    answers = said.kinds[kind].answers[-len(benign) :]
+    answers = behaviour.kinds[kind].answers[-len(benign) :]
     tokens = vlm.processor.tokenizer([answers[place] for place in places], add_special_tokens=False)["input_ids"]
     transcripts = Transcripts(tuple(benign[place] for place in places), tuple(map(tuple, tokens)), kind)
     return likelihoods(vlm, transcripts, f"coherence, {kind}")

@@ -8,7 +8,7 @@ entry in the file is that fold's to the last place (written.py).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -28,14 +28,13 @@ from ...guard.fitting.states import forward
 from ...guard.guard import Guard
 from ...guard.hooks import attached
 from ...guard.model.greedy import most_likely
-from ..runtimes.adapted import running as running_adapted
+from ..runtimes.adapted import running_adapted
 from ..runtimes.streamed import streamed
-from .batches import comparison_batches
+from .batches import GREEDY_TOKENS, Batches, comparison_batches
 from .leaks import activation_tolerance, leak_probe, tensor_leaks, tensor_tolerance
 from .piece import JSON, Context, Found, Piece, line
 from .written import PLACES, places_off
 
-Batches = Mapping[str, BatchFeature]
 Logits = dict[str, Tensor]
 
 TOLERANCE = 1e-5
@@ -52,7 +51,6 @@ NEVER_SAID = 1e30
 POSITIONS = 64
 """Positions compared in each row: an image prompt has hundreds, and each has a logit for every word."""
 
-GREEDY_TOKENS = 32
 GENERATE_BELOW_BYTES = 256 * 2**20
 """Checkpoints up to this size also generate; above it, 32 passes over the file would take too long, and the argmax at
 every prompt position is compared instead."""
@@ -109,8 +107,8 @@ def _logits(model: PreTrainedModel, batches: Batches) -> Logits:
         mask = batch["attention_mask"].bool()
         kept = torch.linspace(0, mask.shape[1] - 1, min(POSITIONS, mask.shape[1])).round().long()
         logits = forward(model, batch, use_cache=False, logits_to_keep=kept).logits
-        said = logits[mask[:, kept]]
-        compared[name] = said.where(said.abs() < NEVER_SAID, 0)
+        kept_logits = logits[mask[:, kept]]
+        compared[name] = kept_logits.where(kept_logits.abs() < NEVER_SAID, 0)
     return compared
 
 
@@ -148,7 +146,7 @@ def _compare(
     source: Checkpoint, folded: Checkpoint | Adapted, guard: Guard, fold: Fold, rounding: Rounding, dtype: torch.dtype
 ) -> Equivalence:
     dtypes = {name: folded.info(name).dtype for name in fold.edits}
-    rounded = any(DTYPES[each].itemsize < dtype.itemsize for each in dtypes.values())
+    rounded = any(DTYPES[dtype_name].itemsize < dtype.itemsize for dtype_name in dtypes.values())
     with bar() as progress:
         task = progress.add_task("equivalence", total=4 if rounded else 3)
         with streamed(source, dtype=dtype) as model:
@@ -165,7 +163,7 @@ def _compare(
             got, tokens = _logits(model, batches), _greedy(model, generated)
         progress.advance(task)
         exact_logits = got
-        scale = max(float(each.abs().max()) for each in original.values())
+        scale = max(float(logits.abs().max()) for logits in original.values())
         if not 0 < scale < math.inf:
             raise InputError(f"{source.folder}: its logits are zero or not finite; weights or config are damaged")
         if rounded or fold.left_out:
@@ -208,12 +206,12 @@ def _running(folded: Checkpoint | Adapted, dtype: torch.dtype) -> AbstractContex
 
 
 def _in(dtype: torch.dtype, batch: BatchFeature) -> BatchFeature:
-    floats = {name: each.to(dtype) for name, each in batch.items() if _floats(each)}
+    floats = {name: tensor.to(dtype) for name, tensor in batch.items() if _floats(tensor)}
     return BatchFeature({**batch, **floats})
 
 
-def _floats(each: object) -> bool:
-    return isinstance(each, Tensor) and each.is_floating_point()
+def _floats(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _distance(a: Logits, b: Logits, scale: float) -> float:

@@ -23,7 +23,7 @@ from ..runtimes.adapted import LOAD_BELOW_BYTES, attach, base_model
 from .loaded import compare_loaded
 from .piece import JSON, Context, Piece
 
-COMPARE_BYTES = 16 * 2**20
+INSPECTED_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _same_bytes(source: Checkpoint, name: str, folded: Checkpoint, other: str) -
 
     def blocks(checkpoint: Checkpoint, info: TensorInfo) -> Iterator[bytearray]:
         rows = info.shape[0] if info.shape else 1
-        step = max(1, COMPARE_BYTES // max(1, info.row_bytes))
+        step = max(1, INSPECTED_BYTES // max(1, info.row_bytes))
         for first in range(0, rows, step):
             yield checkpoint.read_bytes(info.name, first, min(first + step, rows))
 
@@ -117,7 +117,7 @@ def inspect_adapters(adapted: Adapted) -> Integrity:
         held = Checkpoint(folder, {}, (read_shard(folder, WEIGHTS_FILE),), None)
         found = get_peft_model_state_dict(loaded, adapter_name=name, save_embedding_layers=False)
         astray = set(held.tensors) ^ set(found)
-        failures += [f"{each}: PEFT loads it nowhere" for each in sorted(astray)]
+        failures += [f"{tensor}: PEFT loads it nowhere" for tensor in sorted(astray)]
         failures += [
             f"{tensor} is not what PEFT loads"
             for tensor in sorted(set(held.tensors) & set(found))

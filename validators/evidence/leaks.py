@@ -125,7 +125,7 @@ def tensor_leak(source: Checkpoint, folded: Rows, name: str, edits: Sequence[Edi
     columns = [column for column in range(had[-1]) if column not in replaced] if len(had) > 1 else ...
     kept, old, squares = [], [], 0.0
     for first, last in row_blocks(had):
-        before, after = (each.read(name, first, last)[..., columns].double() for each in (source, folded))
+        before, after = (checkpoint.read(name, first, last)[..., columns].double() for checkpoint in (source, folded))
         for number, added in enumerate(edits):
             if not isinstance(added, AddProduct):
                 continue

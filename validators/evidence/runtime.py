@@ -34,9 +34,7 @@ from ...guard.prompts.image_kinds import COMPARED_KINDS
 from ...guard.prompts.prompts import Prompt, encode, illustrated
 from ..behaviour.verdict import Verdict
 from ..runtimes.onnx import Runner
-from .batches import TEXTS, comparison_batches
-
-GREEDY_TOKENS = 32
+from .batches import GREEDY_TOKENS, TEXTS, Batches, comparison_batches
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,6 @@ class Observed:
 
 
 Reference = Mapping[str, Observed]
-Batches = Mapping[str, BatchFeature]
 
 
 @dataclass(frozen=True)
@@ -128,7 +125,7 @@ def as_prompts(model: PreTrainedModel, batch: BatchFeature) -> BatchFeature:
 
 
 @torch.inference_mode()
-def observe(model: Any, batches: Batches, guard: Guard | None = None) -> Reference:
+def observe_in_torch(model: Any, batches: Batches, guard: Guard | None = None) -> Reference:
     """Returns what `model` says in torch, with `guard`'s hooks if there is one."""
     ends = model.generation_config.eos_token_id
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
@@ -152,28 +149,28 @@ def agreement(runner: Runner, batches: Batches, reference: Reference, hooked: Re
 
     Raises InputError if the batches are not those that torch saw.
     """
-    scale = max(float(each.logits.abs().max()) for each in reference.values())
+    scale = max(float(observed.logits.abs().max()) for observed in reference.values())
     prefill, decode, pieces, hooks, equal, seconds = [], [], [], [], [], 0.0
     for name, batch in batches.items():
-        said = reference[name]
-        if not torch.equal(batch["input_ids"], said.batch["input_ids"]):
+        observed = reference[name]
+        if not torch.equal(batch["input_ids"], observed.batch["input_ids"]):
             raise InputError(f"{runner.folder}: its processor makes other tokens of a prompt than the model's own")
         real = batch["attention_mask"].bool()
         logits, state = runner.prefill(batch)
-        prefill.append(_distance(logits[real], said.logits))
+        prefill.append(_distance(logits[real], observed.logits))
         if not runner.path.prefix:
             pieces.append(_distance(runner.prefill(batch, real.shape[1] // 2)[0][real], logits[real]))
         if hooked:
             hooks.append(_distance(logits[real], hooked[name].logits))
         last = logits[:, -1]
-        for token, expected in zip(said.tokens.T, said.steps, strict=True):
+        for token, expected in zip(observed.tokens.T, observed.steps, strict=True):
             decode.append(_distance(last, expected))
-            equal.append(_chosen(last, said.ends) == token)
+            equal.append(_chosen(last, observed.ends) == token)
             last, state = runner.step(token, state)
         start = time.perf_counter()
-        list(runner.tokens(batch, GREEDY_TOKENS, said.ends))
+        list(runner.tokens(batch, GREEDY_TOKENS, observed.ends))
         seconds += time.perf_counter() - start
-    count = sum(len(each) for each in equal)
+    count = sum(len(rows) for rows in equal)
     agree = Agreement(
         precision=runner.precision.name,
         device=runner.device,
@@ -184,7 +181,7 @@ def agreement(runner: Runner, batches: Batches, reference: Reference, hooked: Re
         hooked=_largest(hooks) / scale if hooked else None,
         greedy=int(torch.cat(equal).sum()) / count,
         greedy_tokens=count,
-        speed=(count / seconds, count / sum(each.seconds for each in reference.values())),
+        speed=(count / seconds, count / sum(observed.seconds for observed in reference.values())),
     )
     return replace(agree, failures=tuple(_failures(agree, runner.precision)))
 
@@ -237,7 +234,7 @@ def _reference(folder: Path, guard: Guard | None, stored: torch.dtype = torch.fl
     model = load_model(folder, "cpu", torch.float32)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(stored).float()
-    return observe(model, comparison(model, folder), guard)
+    return observe_in_torch(model, comparison(model, folder), guard)
 
 
 def _chosen(logits: Tensor, ends: Sequence[int]) -> Tensor:

@@ -9,9 +9,9 @@ from ..evidence import EVIDENCE
 from ..evidence.piece import JSON, View
 from .markup import note, section
 
-COLOURS = {"safer": "#1a7f37", "not safer": "#b42318", "undecided": "#9a6700"}
+PAGE_COLOURS = {"safer": "#1a7f37", "not safer": "#b42318", "undecided": "#9a6700"}
 
-STYLE = """
+CSS = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, sans-serif; color: #1d2433; background: #f6f7f9; margin: 0; }
 main { max-width: 58rem; margin: 2rem auto; padding: 0 1rem; }
@@ -26,7 +26,7 @@ svg { max-width: 100%; height: auto; } code { font-size: 13px; }
 """
 
 
-LIMITS = (
+SCOPE_NOTE = (
     "<p>These figures hold for these probes: short plain questions, greedy decoding. A guard in weights can be "
     "removed by whoever holds the weights and is not adversarially robust.</p>"
 )
@@ -39,15 +39,15 @@ def render_page(title: str, figures: JSON, guard: JSON, edits: Mapping[str, Mapp
     """
     view = View(figures, guard, edits)
     sections = (part for piece in EVIDENCE.values() for part in piece.page(view))
-    body = "".join([_ruling(title, figures), *sections, section("Limits", LIMITS)])
-    head = f'<meta charset="utf-8"><title>{escape(title)}, guarded</title><style>{STYLE}</style>'
+    body = "".join([_ruling(title, figures), *sections, section("Limits", SCOPE_NOTE)])
+    head = f'<meta charset="utf-8"><title>{escape(title)}, guarded</title><style>{CSS}</style>'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body><main>{body}</main></body></html>\n'
 
 
 def _ruling(title: str, figures: JSON) -> str:
     ruling = figures["ruling"]
     reasons = (figures.get("verdict") or {}).get("reasons", [])
-    colour = COLOURS.get(ruling, "#667085")
+    colour = PAGE_COLOURS.get(ruling, "#667085")
     sentences = (sentence for piece in EVIDENCE.values() for sentence in piece.page_head(figures))
     return (
         f"<section><h1>{escape(title)}, guarded</h1>"

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 GREY, BLUE, OCHRE, RED, GREEN = "#8a94a6", "#1f6feb", "#c9a227", "#c0392b", "#2e8b57"
-STYLE: dict[Any, Any] = {
+PLOT_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "guardfold",
     "font.size": 9.5,
@@ -53,7 +53,7 @@ def compliance_picture(behaviours: Mapping[str, Rates], kinds: Sequence[str]) ->
 
 
 def _compliance_bars(behaviours: Mapping[str, Rates], kinds: Sequence[str], drawn: Callable[[Figure], Drawn]) -> Drawn:
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(PLOT_STYLE):
         figure = Figure(figsize=(7.2, 2.9))
         axes = figure.subplots()
         width = 0.8 / len(behaviours)
@@ -74,7 +74,7 @@ def _compliance_bars(behaviours: Mapping[str, Rates], kinds: Sequence[str], draw
 
 def direction_strips(projections: Mapping[str, Mapping[str, Sequence[float]]], layer: int) -> str:
     """Where harmful and benign prompts lie along the safety steering direction, one row per image kind."""
-    with mpl.rc_context({**STYLE, "axes.grid.axis": "x"}):
+    with mpl.rc_context({**PLOT_STYLE, "axes.grid.axis": "x"}):
         figure = Figure(figsize=(7.2, 0.6 + 0.52 * len(projections)))
         axes = figure.subplots()
         for row, (_, groups) in enumerate(projections.items()):
@@ -91,7 +91,7 @@ def direction_strips(projections: Mapping[str, Mapping[str, Sequence[float]]], l
 
 def detector_histogram(scores: Mapping[str, Sequence[float]], thresholds: Mapping[str, float]) -> str:
     """Draws detector scores of held-out prompts per group, and the thresholds t0 and t1 that a gate opens between."""
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(PLOT_STYLE):
         figure = Figure(figsize=(7.2, 2.7))
         axes = figure.subplots()
         everything = [value for values in scores.values() for value in values]
@@ -127,7 +127,7 @@ def trade_off(
         (confirmed, {"color": BLUE, "s": 26, "label": "whole answers"}),
         ([taken], {"facecolors": "none", "edgecolors": RED, "s": 90, "linewidths": 1.5, "label": "taken"}),
     )
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(PLOT_STYLE):
         figure = Figure(figsize=(7.2, 2.9))
         for axes, cost, title in zip(
             figure.subplots(1, 2, sharey=True), ("new_refusals", "near_refusals"), ("benign", "near-miss"), strict=True
@@ -143,7 +143,7 @@ def trade_off(
 
 def edits_per_layer(layers: Mapping[str, Mapping[str, int]]) -> str:
     """Returns how many tensors were edited in each layer, by what kind of edit."""
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(PLOT_STYLE):
         figure = Figure(figsize=(7.2, 2.2))
         axes = figure.subplots()
         kinds = sorted({kind for counts in layers.values() for kind in counts})

@@ -18,13 +18,13 @@ from ..evidence.behaviour import rates_table
 from ..evidence.evidence import Evidence
 from ..evidence.piece import line
 
-COLOURS = {"safer": "green", "not safer": "red", "undecided": "yellow"}
+TERMINAL_COLOURS = {"safer": "green", "not safer": "red", "undecided": "yellow"}
 
 
 def render(evidence: Evidence) -> RenderableType:
     """Renders what each piece of evidence has to say, in the order of reports, then the ruling with its reasons."""
-    said = (part for piece in EVIDENCE.values() for part in piece.lines(evidence.found))
-    return Group(*said, *_ruling(evidence.ruling, evidence.reasons))
+    lines = (part for piece in EVIDENCE.values() for part in piece.lines(evidence.found))
+    return Group(*lines, *_ruling(evidence.ruling, evidence.reasons))
 
 
 def render_served(behaviours: Mapping[str, Behaviour], verdict: Verdict | None) -> RenderableType:
@@ -33,7 +33,7 @@ def render_served(behaviours: Mapping[str, Behaviour], verdict: Verdict | None) 
 
 
 def _ruling(ruling: str, reasons: Sequence[str]) -> Iterator[RenderableType]:
-    yield line("verdict", ruling.upper(), style=f"bold {COLOURS.get(ruling, 'yellow')}")
+    yield line("verdict", ruling.upper(), style=f"bold {TERMINAL_COLOURS.get(ruling, 'yellow')}")
     for reason in reasons:
         yield Text(f"  - {reason}")
 

@@ -26,7 +26,7 @@ LOAD_BELOW_BYTES = 512 * 2**20
 
 
 @contextmanager
-def running(adapted: Adapted, dtype: torch.dtype) -> Iterator[PreTrainedModel]:
+def running_adapted(adapted: Adapted, dtype: torch.dtype) -> Iterator[PreTrainedModel]:
     """The model, computing in `dtype`: loaded with its adapters by PEFT if it is small, else from the files."""
     if adapted.source.data_bytes > LOAD_BELOW_BYTES:
         with streamed(adapted.source, Fold(adapted.edits), dtype=dtype) as model:
@@ -44,8 +44,8 @@ def attach(model: PreTrainedModel, folder: Path) -> Any:
 
     Raises InputError if PEFT cannot load them.
     """
-    for each in folders(folder):
-        read_shard(each, WEIGHTS_FILE)
+    for place in folders(folder):
+        read_shard(place, WEIGHTS_FILE)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a tied embedding is meant to be adapted alone

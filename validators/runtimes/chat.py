@@ -22,7 +22,7 @@ Say = Callable[[str], None]
 
 
 @trusting_if_asked
-def answer(
+def answer_in_pieces(
     model: str,
     text: str,
     image: Path | None,

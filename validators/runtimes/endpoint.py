@@ -21,6 +21,7 @@ from urllib.request import HTTPRedirectHandler, OpenerDirector, Request, build_o
 from PIL import Image
 
 from ...guard.base.errors import InputError
+from ...guard.base.hub import LONGEST_WAIT, TRANSIENT
 from ...guard.base.progress import bar
 from ...guard.prompts.image_kinds import ImageKind
 from ...guard.prompts.prompts import Prompt, illustrated
@@ -28,10 +29,6 @@ from ..behaviour.measure import MAX_NEW_TOKENS
 
 ROUTE = "/chat/completions"
 ATTEMPTS = 5
-LONGEST_WAIT = 60
-"""Seconds between two attempts at most, whatever the server asks for."""
-
-TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 MAX_ANSWER_BYTES = 2**22
 SHOWN = 200
 """Characters of a server's complaint that are repeated."""
@@ -137,11 +134,11 @@ class Endpoint:
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
         with self.opener.open(Request(self.address, body, headers), timeout=self.timeout) as response:
-            said = response.read(MAX_ANSWER_BYTES)
+            reply = response.read(MAX_ANSWER_BYTES)
         try:
-            content = json.loads(said)["choices"][0]["message"].get("content") or ""
+            content = json.loads(reply)["choices"][0]["message"].get("content") or ""
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
-            raise InputError(f"{self.address}: answered what chat/completions does not: {self._shown(said)}") from None
+            raise InputError(f"{self.address}: answered what chat/completions does not: {self._shown(reply)}") from None
         if isinstance(content, list):
             content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
         return str(content).strip()
@@ -149,17 +146,19 @@ class Endpoint:
     def _failure(self, error: Exception) -> InputError:
         if not isinstance(error, HTTPError):
             reason = error.reason if isinstance(error, URLError) else error
-            said = self._shown(str(reason or type(error).__name__).encode())
-            return InputError(f"{self.address}: cannot be reached ({said}); is the server up?")
-        said = self._shown(error.read(MAX_ANSWER_BYTES))
+            complaint = self._shown(str(reason or type(error).__name__).encode())
+            return InputError(f"{self.address}: cannot be reached ({complaint}); is the server up?")
+        complaint = self._shown(error.read(MAX_ANSWER_BYTES))
         if error.code in (401, 403):
-            return InputError(f"{self.address}: {error.code}, the key is missing or not valid; {said}")
+            return InputError(f"{self.address}: {error.code}, the key is missing or not valid; {complaint}")
         if error.code in (404, 400):
-            return InputError(f"{self.address}: {error.code} for model {self.model!r} (its name? pictures?): {said}")
-        return InputError(f"{self.address}: {error.code}: {said}")
+            return InputError(
+                f"{self.address}: {error.code} for model {self.model!r} (its name? pictures?): {complaint}"
+            )
+        return InputError(f"{self.address}: {error.code}: {complaint}")
 
-    def _shown(self, said: bytes) -> str:
-        text = " ".join(said.decode("utf-8", "replace").split())
+    def _shown(self, data: bytes) -> str:
+        text = " ".join(data.decode("utf-8", "replace").split())
         return (text.replace(self.key, "<key>") if self.key else text)[:SHOWN]
 
 

@@ -236,7 +236,7 @@ class Runner:
             binding.bind_output(name, "cpu" if name == "logits" else self.device)
         session.run_with_iobinding(binding)
         logits, *present = binding.get_outputs()
-        following = {name.replace(PRESENT, PAST, 1): each for name, each in zip(names[1:], present, strict=True)}
+        following = {name.replace(PRESENT, PAST, 1): tensor for name, tensor in zip(names[1:], present, strict=True)}
         return torch.from_numpy(logits.numpy()), following
 
     def _run(self, graph: str, inputs: Mapping[str, Tensor]) -> list[Tensor]:

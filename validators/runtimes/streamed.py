@@ -121,13 +121,14 @@ def _embedding(weights: _Weights, name: str, _module: nn.Embedding, ids: Tensor)
 
 
 def _lend(weights: _Weights, name: str, own: Sequence[str], module: nn.Module, _args: object) -> None:
-    for each in own:
-        setattr(module, each, nn.Parameter(weights.whole(f"{name}.{each}" if name else each), requires_grad=False))
+    for parameter in own:
+        tensor = weights.whole(f"{name}.{parameter}" if name else parameter)
+        setattr(module, parameter, nn.Parameter(tensor, requires_grad=False))
 
 
 def _take_back(own: Mapping[str, nn.Parameter], module: nn.Module, _args: object, _output: object) -> None:
-    for each, empty in own.items():
-        setattr(module, each, empty)
+    for parameter, empty in own.items():
+        setattr(module, parameter, empty)
 
 
 @contextmanager

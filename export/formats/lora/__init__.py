@@ -11,10 +11,10 @@ from ....guard.guard import Guard
 from ...checkpoint.headers import Checkpoint
 from ...checkpoint.merge import CONFIG_FILE
 from ...model import OpenModel
-from ..base import Ask, Format, Held, Job, Notes
+from ..base import Format, FormatRequest, Held, Job, Notes
 from .adapted import Adapted, folders
 from .adapters import BIASED, adaptable, adapters, lacks, unadaptable, without
-from .card import BOTH, HELD, LOAD, MERGED, TIED
+from .card import BOTH, HELD, LOAD_ADAPTER, MERGE_ADAPTER, TIED
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Lora(Format):
     relation = "adapter"
     library = "peft"
 
-    def check(self, ask: Ask) -> None:
+    def check(self, ask: FormatRequest) -> None:
         if ask.adapter:
             raise InputError(
                 "--format lora with --adapter: it would fit the merged model, which nobody has; leave one out"
@@ -63,7 +63,7 @@ class Lora(Format):
     def notes(self, job: Job) -> Notes:
         family, left_out = job.model.family, job.held.left_out
         tied = family.tied and family.embedding in job.held.fold.edits
-        load = [*([BOTH] if len(folders(job.place)) > 1 else []), MERGED, *([TIED] if tied else [])]
+        load = [*([BOTH] if len(folders(job.place)) > 1 else []), MERGE_ADAPTER, *([TIED] if tied else [])]
         entries = {"format": self.name, "left_out": list(left_out)}
         return Notes(HELD, "\n\n".join(load), left_out, entries, f"--format {self.name}")
 
@@ -73,4 +73,4 @@ class Lora(Format):
 
     @classmethod
     def card(cls, folder: Path, names: Mapping[str, str]) -> list[str]:
-        return ["## Load it", LOAD.format(**names)]
+        return ["## Load it", LOAD_ADAPTER.format(**names)]

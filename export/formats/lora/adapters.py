@@ -68,7 +68,7 @@ class Adapter:
     def config(self, base: str, revision: str | None) -> LoraConfig:
         ranks = {**self.modules, **self.parameters}
         (rank, _), *_ = Counter(sorted(ranks.values(), reverse=True)).most_common()
-        other = {name: each for name, each in ranks.items() if each != rank}
+        other = {name: other_rank for name, other_rank in ranks.items() if other_rank != rank}
         return LoraConfig(
             base_model_name_or_path=base,
             revision=revision,
@@ -174,7 +174,8 @@ def adapters(checkpoint: Checkpoint, family: Family, fold: Fold) -> tuple[list[A
     by_bias = {False: Adapter(False), True: Adapter(True)}
     targets, left_out = _targets(checkpoint, layout, family, fold)
     written = {target.memory for target in targets}
-    for memory, module, writer, form in ((each.memory, each.module, each.writer, each.form) for each in targets):
+    for target in targets:
+        memory, module, writer, form = target.memory, target.module, target.writer, target.form
         name, _, leaf = memory.rpartition(".")
         edits = [edit for edit in fold.edits[writer.disk] if isinstance(edit, Projecting | AddProduct)]
         shape = tuple(model.get_parameter(memory).shape)
@@ -191,8 +192,8 @@ def adapters(checkpoint: Checkpoint, family: Family, fold: Fold) -> tuple[list[A
             to.tensors |= {f"{PREFIX}{name}.{suffix}": tensor for suffix, tensor in _linear(module, none).items()}
             to.modules[name] = 1
     made = [adapter for adapter in by_bias.values() if adapter.tensors]
-    for each in made:
-        each.rename_for(model)
+    for adapter in made:
+        adapter.rename_for(model)
     return made, left_out
 
 
@@ -227,17 +228,17 @@ def _stacked(module: nn.Module, update: AddProduct) -> dict[str, Tensor]:
     """
     if update.right.ndim == 2:
         return _linear(module, update)
-    each = update.turned() if getattr(module, "is_transposed", False) else update
-    return {"lora_A.weight": each.right.flatten(0, 1), "lora_B.weight": each.left.permute(1, 2, 0).flatten(1)}
+    turned = update.turned() if getattr(module, "is_transposed", False) else update
+    return {"lora_A.weight": turned.right.flatten(0, 1), "lora_B.weight": turned.left.permute(1, 2, 0).flatten(1)}
 
 
-Held = Projecting | AddProduct
+LowRankEdit = Projecting | AddProduct
 """The edits that are updates of low rank."""
 
-Read = Callable[[int, int], Tensor]
+ReadBlock = Callable[[int, int], Tensor]
 
 
-def _reading(checkpoint: Checkpoint, layout: Layout, memory: str) -> Read:
+def _reading(checkpoint: Checkpoint, layout: Layout, memory: str) -> ReadBlock:
     """Returns how to read rows of the parameter `memory`: from its file, or, where it is made of several tensors, from
     itself, held while it is needed.
     """
@@ -248,7 +249,9 @@ def _reading(checkpoint: Checkpoint, layout: Layout, memory: str) -> Read:
     return lambda first, last: whole[first:last]
 
 
-def _in_memory(edits: Sequence[Held], writer: Writer, memory: str, layout: Layout, shape: Shape) -> Sequence[Held]:
+def _in_memory(
+    edits: Sequence[LowRankEdit], writer: Writer, memory: str, layout: Layout, shape: Shape
+) -> Sequence[LowRankEdit]:
     """Returns `edits` of a tensor on disk as edits of the parameter that is made of it."""
     stored = layout.stored[memory]
     if not stored.operations:
@@ -258,7 +261,7 @@ def _in_memory(edits: Sequence[Held], writer: Writer, memory: str, layout: Layou
     return [kind(edit.basis, edit.strength, edit.gain) for edit in edits if isinstance(edit, Projecting)]
 
 
-def low_rank(read: Read, shape: Shape, edits: Sequence[Held]) -> AddProduct:
+def low_rank(read: ReadBlock, shape: Shape, edits: Sequence[LowRankEdit]) -> AddProduct:
     """Returns what `edits`, one after the other, add to a tensor, as L R of rank r, the sum of the edits' ranks.
 
     read: (first, last) -> those rows of it.  shape: [d, n], [n, d], [E, d, n], [E, n, d] or [d].  Float32 or better.
@@ -269,7 +272,7 @@ def low_rank(read: Read, shape: Shape, edits: Sequence[Held]) -> AddProduct:
     return AddProduct(torch.cat(lefts, -1), torch.cat(rights, rows))
 
 
-def _update(before: Folded, edit: Held) -> tuple[Tensor, Tensor]:
+def _update(before: Folded, edit: LowRankEdit) -> tuple[Tensor, Tensor]:
     """Returns (L, R) of what `edit` adds: -strength V^T and V W, or -strength W V^T and V where columns are
     projected.
     """

@@ -4,7 +4,7 @@ from .adapters import BIASED
 
 HELD = "as a LoRA adapter of just the rank of what it changes"
 
-LOAD = """\
+LOAD_ADAPTER = """\
 `PATH` is this folder or its hub id. The base's own weights stay as they are.
 
 ```python
@@ -23,7 +23,7 @@ model.load_adapter("PATH/{BIASED}", "{BIASED}")
 model.base_model.set_adapter(["default", "{BIASED}"])
 ```"""
 
-MERGED = """\
+MERGE_ADAPTER = """\
 `with model.disable_adapter():` gives the original back; `model.merge_and_unload()` gives the folded weights."""
 
 TIED = """\

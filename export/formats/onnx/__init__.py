@@ -12,9 +12,9 @@ from ....guard.guard import Guard
 from ...checkpoint.companions import copy_companions
 from ...fold import Fold
 from ...model import OpenModel
-from ..base import Ask, Format, Held, Job, Notes
+from ..base import Format, FormatRequest, Held, Job, Notes
 from .graphs import Plan, WrittenGraphs, write_graphs
-from .layout import PROVIDERS, WEIGHTS, Weights, precisions
+from .layout import ONNX_WEIGHTS, PROVIDERS, Weights, precisions
 from .paths import path_of
 from .trace import need_onnx
 
@@ -46,12 +46,12 @@ class Onnx(Format):
         precisions(self.onnx_dtype)
         if self.provider not in PROVIDERS:
             raise InputError(f"--provider {self.provider}: one of {', '.join(PROVIDERS)}")
-        if self.onnx_weights not in WEIGHTS:
-            raise InputError(f"--onnx-weights {self.onnx_weights}: one of {', '.join(WEIGHTS)}")
+        if self.onnx_weights not in ONNX_WEIGHTS:
+            raise InputError(f"--onnx-weights {self.onnx_weights}: one of {', '.join(ONNX_WEIGHTS)}")
         if self.onnx_weights == "shared" and not {"safetensors", "onnx"} <= set(self.names.split(",")):
             raise InputError("--onnx-weights shared: shares them with safetensors; use --format safetensors,onnx")
 
-    def check(self, ask: Ask) -> None:
+    def check(self, ask: FormatRequest) -> None:
         self._plan(None)
         if self.skip_runtime and self._traces(ask.in_weights):
             raise InputError(

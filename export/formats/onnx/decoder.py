@@ -51,7 +51,7 @@ class Decoder(nn.Module):
         embeds = inputs_embeds.to(self.path.model.dtype)
         logits = self.path.decode(embeds, attention_mask, position_ids, cache, *deep.values())
         layers: Any = cache.layers
-        return (logits.float(), *(each for layer in layers for each in (layer.keys, layer.values)))
+        return (logits.float(), *(cached for layer in layers for cached in (layer.keys, layer.values)))
 
 
 class DeepDecoder(Decoder):

@@ -21,7 +21,7 @@ from .decoder import decoder_sketch, embed_sketch, merged_sketch
 from .layout import DECODER, EMBED, FOLDER, GRAPHS, MERGED, PRECISIONS, VISION, Precision, Weights, graph_file
 from .paths import path_of
 from .quantize import link_aliases, quantize
-from .trace import faked, need_onnx, trace
+from .trace import faked, need_onnx, trace_graph
 from .weights import Binder
 
 if TYPE_CHECKING:
@@ -69,12 +69,12 @@ def write_graphs(checkpoint: Checkpoint, target: Path, plan: Plan) -> None:
     place = graphs_folder(target, plan.weights)
     place.mkdir(exist_ok=True)
     files: dict[str, int] = {}
-    plain = [each for each in plan.precisions if not each.bits]
-    for compute in dict.fromkeys(each.compute for each in plain):
+    plain = [precision for precision in plan.precisions if not precision.bits]
+    for compute in dict.fromkeys(precision.compute for precision in plain):
         traced = Traced.of(checkpoint, compute, plan.traced)
-        for precision in (each for each in plain if each.compute == compute):
+        for precision in (precision for precision in plain if precision.compute == compute):
             files |= traced.write(precision, place, plan.weights)
-    if any(each.bits for each in plan.precisions):
+    if any(precision.bits for precision in plan.precisions):
         files |= _quantised(checkpoint, place, plan)
     write_client_files(target, plan.precisions[0].name, files)
     write_genai_config(path_of(checkpoint.own_model()), target, place, plan.precisions[0])
@@ -100,7 +100,7 @@ class Traced:
             sketches = {VISION: path.sketch(), EMBED: embed_sketch(model), DECODER: decoder_sketch(path)}
             if path.genai:
                 sketches[MERGED] = merged_sketch(model)
-            graphs = {name: trace(sketch, mode) for name, sketch in track(list(sketches.items()), "tracing")}
+            graphs = {name: trace_graph(sketch, mode) for name, sketch in track(list(sketches.items()), "tracing")}
         return cls(checkpoint, model, graphs, path.unread())
 
     def write(self, precision: Precision, place: Path, weights: Weights) -> dict[str, int]:
@@ -129,7 +129,7 @@ def _quantised(checkpoint: Checkpoint, place: Path, plan: Plan) -> dict[str, int
         source = place if whole in plan.precisions else Path(scratch)
         if source != place:
             Traced.of(checkpoint, whole.compute, plan.traced).write(whole, source, "copy")
-        for precision in (each for each in plan.precisions if each.bits):
+        for precision in (precision for precision in plan.precisions if precision.bits):
             for graph in (name for name in (*GRAPHS, MERGED) if (source / graph_file(name, whole)).is_file()):
                 target = place / graph_file(graph, precision)
                 if count := quantize(source / graph_file(graph, whole), target, precision):

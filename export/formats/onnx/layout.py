@@ -19,7 +19,7 @@ FOLDER = "onnx"
 """Where the graphs lie; beside the weights themselves where they share them, for a graph finds no data elsewhere."""
 
 Weights = Literal["copy", "shared"]
-WEIGHTS: tuple[Weights, ...] = get_args(Weights)
+ONNX_WEIGHTS: tuple[Weights, ...] = get_args(Weights)
 
 
 Provider = Literal["auto", "cpu", "cuda"]
@@ -48,8 +48,8 @@ class Precision:
 
 
 PRECISIONS = {
-    each.name: each
-    for each in (
+    precision.name: precision
+    for precision in (
         Precision("fp32", "", torch.float32, torch.float32, 3e-5, exact=True),
         Precision("fp16", "_fp16", torch.float16, torch.float16, 2e-2),
         Precision("bf16", "_bf16", torch.float32, torch.bfloat16, 3e-5, exact=True),

@@ -31,7 +31,7 @@ def quantize(source: Path, target: Path, precision: Precision) -> int:
     quantizer = MatMulNBitsQuantizer(onnx.load(source), precision.bits, BLOCK, is_symmetric=True)
     quantizer.process()
     model = quantizer.model.model
-    size = sum(len(each.raw_data) for each in model.graph.initializer)
+    size = sum(len(initializer.raw_data) for initializer in model.graph.initializer)
     if size > FILE_BYTES:
         raise InputError(f"{target.name}: {size >> 20} MB of quantised weights do not fit into one file; use fp16")
     external = size > INLINE_BYTES

@@ -72,7 +72,7 @@ def faked(model: PreTrainedModel, dtype: torch.dtype) -> FakeTensorMode:
     return mode
 
 
-def trace(sketch: Sketch, mode: FakeTensorMode) -> ir.Model:
+def trace_graph(sketch: Sketch, mode: FakeTensorMode) -> ir.Model:
     """Returns the graph of `sketch`. An initializer that stands for a parameter has the parameter's name and no
     value.
     """
@@ -80,7 +80,7 @@ def trace(sketch: Sketch, mode: FakeTensorMode) -> ir.Model:
 
     with mode:
         example = {
-            name: _apply(port, lambda each: torch.empty_like(each.example)) for name, port in sketch.inputs.items()
+            name: _apply(port, lambda one: torch.empty_like(one.example)) for name, port in sketch.inputs.items()
         }
     with _quiet(), mode:
         program: Any = torch.onnx.export(
@@ -90,7 +90,7 @@ def trace(sketch: Sketch, mode: FakeTensorMode) -> ir.Model:
             opset_version=OPSET,
             input_names=list(sketch.names),
             output_names=list(sketch.outputs),
-            dynamic_shapes={name: _apply(port, lambda each: dict(each.axes)) for name, port in sketch.inputs.items()},
+            dynamic_shapes={name: _apply(port, lambda one: dict(one.axes)) for name, port in sketch.inputs.items()},
             optimize=False,
             verbose=False,
         )
@@ -108,13 +108,13 @@ def _forget_origin(model: ir.Model) -> None:
     """Drops what the exporter notes of each node: stack traces with paths of this machine, larger than the graph."""
     graph = model.graph
     values = [*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)]
-    for each in (model, graph, *graph, *values):
-        each.metadata_props.clear()
-        each.doc_string = None
+    for part in (model, graph, *graph, *values):
+        part.metadata_props.clear()
+        part.doc_string = None
 
 
 def _apply(port: Port | Sequence[Port], make: Any) -> Any:
-    return make(port) if isinstance(port, Port) else [make(each) for each in port]
+    return make(port) if isinstance(port, Port) else [make(one) for one in port]
 
 
 @contextmanager

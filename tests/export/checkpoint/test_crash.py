@@ -104,13 +104,22 @@ def runs(process: str) -> bool:
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% set c = a * b %}{% endfor %}{% endfor %}"
 
 
-def trial_of(process: int) -> str:
-    """The id of the process, started by `process`, that tries a processor; waits until there is one."""
+def children(process: str) -> list[str]:
+    with contextlib.suppress(FileNotFoundError):
+        return Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return []
+
+
+def trial_of(process: int) -> list[str]:
+    """The ids of the processes, each started by the one before and the first by `process`, of which the last tries a
+    processor; waits until there are all three.
+    """
     while True:
-        for child in Path(f"/proc/{process}/task/{process}/children").read_text().split():
-            with contextlib.suppress(FileNotFoundError):
-                if b"guardfold.guard.model.trial" in Path(f"/proc/{child}/cmdline").read_bytes():
-                    return child
+        ids = [str(process)]
+        while started := children(ids[-1]):
+            ids.append(started[0])
+        if len(ids) == 4:
+            return ids[1:]
         time.sleep(0.01)
 
 
@@ -121,7 +130,8 @@ def test_a_run_killed_while_it_tries_a_processor_leaves_no_lock_and_no_process(
     """Without standard streams, the lock gets the number of one."""
     output = tmp_path / "guarded"
     (model / "chat_template.jinja").write_text(ENDLESS)
-    monkeypatch.setattr(trial, "SECONDS", 2.0)
+    monkeypatch.setattr(trial, "SECONDS", 600.0)
+    monkeypatch.setattr(trial, "_server", None)
 
     def killed() -> None:
         for stream in closed:
@@ -132,31 +142,64 @@ def test_a_run_killed_while_it_tries_a_processor_leaves_no_lock_and_no_process(
     child = forked(killed)
     with within(300):
         trying = trial_of(child)
+        for process in trying:
+            os.kill(int(process), signal.SIGSTOP)
         os.kill(child, signal.SIGKILL)
         assert ended(child) == -signal.SIGKILL
         with staging(output, False) as stage:
             (stage / "a").touch()
-        assert runs(trying), "it goes on, so that the lock is free is no accident"
-        while runs(trying):
+        assert all(map(runs, trying)), "they are still there, so that the lock is free is no accident"
+        for process in trying:
+            os.kill(int(process), signal.SIGCONT)
+        while any(map(runs, trying)):
             time.sleep(0.01)
 
 
 def test_an_interrupt_ends_the_process_that_tries_a_processor(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (model / "chat_template.jinja").write_text(ENDLESS)
     monkeypatch.setattr(trial, "SECONDS", 600.0)
+    monkeypatch.setattr(trial, "_server", None)
 
     def interrupted() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         with pytest.raises(KeyboardInterrupt):
             load_processor(model)
-        assert not Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+        (server,) = children(str(os.getpid()))
+        assert not any(map(children, children(server)))
+        (model / "chat_template.jinja").write_text("{% for %}")
+        with pytest.raises(InputError, match="chat template fails"):
+            load_processor(model)
+        assert children(str(os.getpid())) == [server]
 
     child = forked(interrupted)
     with within(300):
         trying = trial_of(child)
         os.kill(child, signal.SIGINT)
         assert ended(child) == 0
-        assert not runs(trying)
+        assert not runs(trying[-1])
+        while any(map(runs, trying)):
+            time.sleep(0.01)
+
+
+def test_an_interrupt_from_the_keyboard_ends_them_all(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes to every process of the group."""
+    (model / "chat_template.jinja").write_text(ENDLESS)
+    monkeypatch.setattr(trial, "SECONDS", 600.0)
+    monkeypatch.setattr(trial, "_server", None)
+
+    def interrupted() -> None:
+        os.setpgid(0, 0)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with pytest.raises(KeyboardInterrupt):
+            load_processor(model)
+
+    child = forked(interrupted)
+    with within(300):
+        trying = trial_of(child)
+        os.killpg(child, signal.SIGINT)
+        assert ended(child) == 0
+        while any(map(runs, trying)):
+            time.sleep(0.01)
 
 
 def test_of_two_exports_to_one_output_one_wins(place: Path) -> None:

@@ -172,14 +172,6 @@ def test_what_the_rows_say_is_what_the_tracer_finds(case: Case) -> None:
     assert normed == {writer.disk for writer in case.family.writers if writer.post_norm} & set(found)
 
 
-def test_projected_sublayers_equal_their_hooks(case: Case) -> None:
-    guard = Guard((SublayerProjection({0: case.basis, case.family.layers - 1: case.basis[:1]}, 0.7),))
-    made, model = case.folded(guard)
-    assert made.approximate is None and not made.untie
-    hooked = case.hooked(guard)
-    assert distance(case.logits(model), hooked) <= TOLERANCE < distance(hooked, case.original)
-
-
 def test_a_projected_stream_equals_its_hooks_or_says_why_not(case: Case) -> None:
     guard = case.shared
     if case.scope_refused:
@@ -247,17 +239,25 @@ def test_a_traced_row_alone_describes_the_family(case: Case, tmp_path: Path, mon
     assert alone.mlps == case.family.mlps
 
 
-def test_a_gate_equals_its_hook_wherever_an_mlp_holds_one(case: Case) -> None:
-    """After a projection of the same layer, which leaves alone what the gate writes, and before one, which does not."""
+def test_projected_sublayers_and_a_gate_wherever_an_mlp_holds_one_equal_their_hooks(case: Case) -> None:
+    """The gate after a projection of the same layer, which leaves alone what it writes, and before one, which does not;
+    an MLP with biases, and one without, where a family has both.
+    """
     family = case.family
     bias = {layer: mlp.bias_of(mlp.gate) in case.checkpoint.shapes for layer, mlp in family.mlps.items()}
-    for layer in {biased: layer for layer, biased in bias.items()}.values():
-        gate: Intervention = make_gate(family.width, layer, free=not bias[layer], recycled=(1, 4), beta=64.0)
-        projection = SublayerProjection({layer: case.basis}, 0.7)
-        guard = Guard((projection, gate) if case.style == "hub" else (gate, projection))
-        _, model = case.folded(guard)
+    for layer in {biased: layer for layer, biased in bias.items()}.values() or [None]:
+        bases = {0: case.basis, family.layers - 1: case.basis[:1]}
+        projection: Intervention = SublayerProjection(bases | ({} if layer is None else {layer: case.basis}), 0.7)
+        guard = Guard((projection,))
+        if layer is not None:
+            gate = make_gate(family.width, layer, free=not bias[layer], recycled=(1, 4), beta=64.0)
+            guard = Guard((projection, gate) if case.style == "hub" else (gate, projection))
+        made, model = case.folded(guard)
+        assert made.approximate is None and not made.untie
         hooked = case.hooked(guard)
         assert distance(case.logits(model), hooked) <= TOLERANCE < distance(hooked, case.original)
+        if layer is not None:
+            assert distance(case.hooked(Guard((projection,))), hooked) > TOLERANCE, "the gate does something"
 
 
 def test_at_least_thirty_families_are_exact() -> None:

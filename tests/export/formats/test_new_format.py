@@ -16,8 +16,8 @@ import torch
 from zoo import random_basis
 
 from guardfold.export.checkpoint.headers import Checkpoint
-from guardfold.export.formats import FORMATS, Formats, formats_in, register
-from guardfold.export.formats.base import Ask, Format, Job, Notes
+from guardfold.export.formats import FORMATS, Formats, formats_in, register_format
+from guardfold.export.formats.base import Format, FormatRequest, Job, Notes
 from guardfold.export.formats.safetensors import Safetensors
 from guardfold.guard.base.errors import InputError
 from guardfold.guard.guard import Guard
@@ -39,7 +39,7 @@ class Bundle(Format):
     library = "tarfile"
     bundle_name: str = "bundle"
 
-    def check(self, ask: Ask) -> None:
+    def check(self, ask: FormatRequest) -> None:
         super().check(ask)
         if "/" in self.bundle_name:
             raise InputError(f"--set bundle_name={self.bundle_name}: a name, not a path")
@@ -97,7 +97,7 @@ class Listing(Format):
 @pytest.fixture(autouse=True)
 def registered() -> Iterator[None]:
     for cls in (Bundle, Listing):
-        assert register(cls) is cls
+        assert register_format(cls) is cls
     yield
     for cls in (Bundle, Listing):
         del FORMATS[cls.name]
@@ -236,5 +236,5 @@ def test_a_name_is_given_once() -> None:
         name = "onnx"
 
     with pytest.raises(InputError, match="onnx: a format of this name is known already, Onnx"):
-        register(Other)
-    assert register(Bundle) is Bundle
+        register_format(Other)
+    assert register_format(Bundle) is Bundle

@@ -17,7 +17,7 @@ from guardfold.guard.guard import Guard
 from guardfold.guard.interventions import SublayerProjection
 from guardfold.guard.model.vlm import load
 from guardfold.pipeline import GuardOptions, export_guarded
-from guardfold.validators.evidence.runtime import comparison, observe
+from guardfold.validators.evidence.runtime import comparison, observe_in_torch
 from guardfold.validators.runtimes.onnx import Runner, onnxruntime
 
 pytestmark = [
@@ -59,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_float16_graphs_say_what_torch_says_in_float16_on_the_card(folder: Path) -> None:
     runner = Runner(folder, FP16, "cuda")
     whole = load(folder, "cpu", torch.float32)
-    exact = observe(whole.model, comparison(whole.model, folder))
+    exact = observe_in_torch(whole.model, comparison(whole.model, folder))
     model: Any = load(folder, "cuda", torch.float16).model
     for name, batch in comparison(runner.model, folder).items():
         logits, _ = runner.prefill(batch)

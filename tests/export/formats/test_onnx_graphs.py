@@ -26,7 +26,7 @@ from guardfold.guard.base.errors import InputError
 from guardfold.guard.guard import Guard
 from guardfold.guard.interventions import ResidualProjection
 from guardfold.guard.model.vlm import VLM, load
-from guardfold.validators.evidence.runtime import Agreement, agreement, as_prompts, comparison, observe
+from guardfold.validators.evidence.runtime import Agreement, agreement, as_prompts, comparison, observe_in_torch
 from guardfold.validators.runtimes.onnx import Runner
 
 FP32 = PRECISIONS["fp32"]
@@ -65,7 +65,7 @@ def test_graphs_say_what_torch_says(family: str, tmp_path: Path) -> None:
     }
     write_graphs(Checkpoint.open(tmp_path), tmp_path, Plan((FP32,)))
     runner = Runner(tmp_path, FP32, "cpu")
-    found = agreement(runner, batches, observe(model, batches))
+    found = agreement(runner, batches, observe_in_torch(model, batches))
     assert not found.failures
     assert max(found.prefill, found.decode) * found.scale <= (1e-4 if found.scale <= 10 else 3e-5 * found.scale)
     assert (found.greedy, found.greedy_tokens) == (1, 32 * 5)
@@ -105,7 +105,9 @@ def prepared(source: Path, place: Path) -> Path:
 
 def compared(folder: Path, vlm: VLM, name: str = "fp32") -> Agreement:
     runner = Runner(folder, PRECISIONS[name], "cpu")
-    return agreement(runner, comparison(runner.model, folder), observe(vlm.model, comparison(vlm.model, vlm.folder)))
+    return agreement(
+        runner, comparison(runner.model, folder), observe_in_torch(vlm.model, comparison(vlm.model, vlm.folder))
+    )
 
 
 def test_names_and_dims_are_those_that_transformers_js_resolves(traced: Traced, tmp_path: Path) -> None:
@@ -177,7 +179,7 @@ def test_a_guard_that_weights_cannot_hold_is_traced(source: Path, tiny_model: VL
     write_graphs(Checkpoint.open(source), folder, Plan((FP32,), traced=guard))
     runner = Runner(folder, FP32, "cpu")
     batches = comparison(runner.model, folder)
-    hooked, bare = observe(tiny_model.model, batches, guard), observe(tiny_model.model, batches)
+    hooked, bare = observe_in_torch(tiny_model.model, batches, guard), observe_in_torch(tiny_model.model, batches)
     assert not agreement(runner, batches, hooked).failures
     assert agreement(runner, batches, bare).prefill > 1e-2
 

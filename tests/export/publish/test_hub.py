@@ -24,7 +24,7 @@ from guardfold import cli
 from guardfold.export.publish.hub import Target, push
 from guardfold.export.publish.verify import verify
 from guardfold.guard.base.errors import InputError, Refused
-from guardfold.guard.base.hub import ATTEMPTS, download
+from guardfold.guard.base.hub import DOWNLOAD_ATTEMPTS, download
 from guardfold.guard.base.untrusted import MAX_PARTS
 from guardfold.guard.guard import Guard
 from guardfold.guard.interventions import SublayerProjection
@@ -261,7 +261,7 @@ def test_whatever_the_hub_answers_is_one_line_without_the_token(
 
 @pytest.mark.parametrize(("step", "status"), [*((step, 503) for step in STEPS), ("commit", 429), ("put", None)])
 def test_what_passes_is_tried_again(hub: HubServer, folder: Path, step: str, status: int | None) -> None:
-    hub.faults.append(Fault(STEPS[step], status, times=ATTEMPTS - 1))
+    hub.faults.append(Fault(STEPS[step], status, times=DOWNLOAD_ATTEMPTS - 1))
     push(folder, Target(REPO))
     assert pushed(hub) == contents(folder)
 

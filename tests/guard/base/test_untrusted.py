@@ -29,7 +29,7 @@ from guardfold.guard.prompts.image_files import load_image
 from guardfold.guard.prompts.prompts import load_anchors
 from guardfold.pipeline import Export, GuardOptions, export_guarded
 from guardfold.validators.behaviour.recorded import recall
-from guardfold.validators.runtimes.chat import answer
+from guardfold.validators.runtimes.chat import answer_in_pieces
 
 
 def exported(model: Path, place: Path, intervention: Intervention | None = None) -> Export:
@@ -306,16 +306,16 @@ def test_a_tensor_in_another_dtype_than_the_rest_is_compared_as_well(model: Path
 @pytest.mark.parametrize("settings", [{"num_beams": 2}, {"stop_strings": ["a"]}, {"bad_words_ids": [[10**6]]}])
 def test_what_a_generation_config_asks_for_besides_is_not_followed(model: Path, settings: dict[str, Any]) -> None:
     plain, changed = list[str](), list[str]()
-    answer(str(model), "How?", None, plain.append)
+    answer_in_pieces(str(model), "How?", None, plain.append)
     change_json(model / "generation_config.json", **settings)
-    answer(str(model), "How?", None, changed.append)
+    answer_in_pieces(str(model), "How?", None, changed.append)
     assert changed == plain
 
 
 def test_a_generation_config_that_cannot_be_followed_is_refused(model: Path) -> None:
     change_json(model / "generation_config.json", eos_token_id="x")
     with pytest.raises(InputError, match=r"cannot (run|load) it"):
-        answer(str(model), "How?", None, lambda _: None)
+        answer_in_pieces(str(model), "How?", None, lambda _: None)
 
 
 def test_templates_elsewhere_are_not_read(model: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from guardfold.guard.interventions import Candidate, Gate, SublayerProjection
 from guardfold.guard.model.greedy import most_likely
 from guardfold.guard.model.prefilled import Prefilled
 from guardfold.guard.model.roles import mlp_parts
-from guardfold.guard.model.vlm import DEMO, VLM, resolve
+from guardfold.guard.model.vlm import DEMO_NAME, VLM, resolve
 from guardfold.guard.presets import presets
 from guardfold.guard.prompts import prompts
 from guardfold.guard.prompts.prompts import BUILT_IN_ANCHORS, Prompt, load_anchors
@@ -312,7 +312,7 @@ def normal(text: str) -> str:
 
 @pytest.mark.parametrize("demo", [True, False], ids=["demo", "built-in"])
 def test_no_probe_is_among_what_guards_are_made_and_chosen_of(demo: bool, tmp_path: Path) -> None:
-    folder = resolve(DEMO)[0] if demo else tmp_path
+    folder = resolve(DEMO_NAME)[0] if demo else tmp_path
     anchors = load_anchors(folder / "anchors.jsonl" if demo else BUILT_IN_ANCHORS)
     parts = deal(anchors, load_benign(folder / "benign.jsonl" if demo else BUILT_IN_BENIGN))
     groups = [group for p in parts.values() for group in (p.harmful, p.harmless, p.benign, p.near)]

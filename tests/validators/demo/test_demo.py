@@ -15,7 +15,8 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from guardfold.validators.demo import DEMO
-from guardfold.validators.demo.calibrate import PICTURED
+from guardfold.validators.demo.__main__ import main
+from guardfold.validators.demo.calibrate import PICTURE_KINDS
 from guardfold.validators.demo.measure import figures, missed
 from guardfold.validators.demo.speech import Turn, Voice
 from guardfold.validators.demo.world import QUESTIONS, REFUSAL, TEMPLATES, Combo, World, question, words
@@ -33,11 +34,6 @@ BINARY = {"model.safetensors", "tokenizer.model"}
 @pytest.fixture(scope="module")
 def processor() -> Any:
     return AutoProcessor.from_pretrained(DEMO)
-
-
-def demo_command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "guardfold.validators.demo", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_loads_without_missing_or_unexpected_tensors() -> None:
@@ -177,23 +173,31 @@ def test_every_question_has_its_answer_for_each_picture_shown() -> None:
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], reason: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    reason: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    done = demo_command(*arguments)
-    assert done.returncode == 2
-    assert reason in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    monkeypatch.setattr(sys, "argv", ["demo", *arguments])
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert done.value.code == 2
+    complaint = capsys.readouterr().err
+    assert reason in complaint
+    assert len(complaint.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.rebuild
 def test_rebuild_from_another_seed(tmp_path: Path) -> None:
     made = tmp_path / "made"
-    done = demo_command("--seed", "7", "--output", str(made))
+    command = [sys.executable, "-m", "guardfold.validators.demo", "--seed", "7", "--output", str(made)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     about = json.loads((made / "demo.json").read_text("utf-8"))
     assert about["seed"] == 7
     assert missed(about["figures"]) == []
-    assert set(about["figures"]["compliance"]) == {*PICTURED, "mean"}
+    assert set(about["figures"]["compliance"]) == {*PICTURE_KINDS, "mean"}
     assert list(tmp_path.iterdir()) == [made]
