@@ -18,7 +18,7 @@ from ..guard.base.remote_code import trusting_if_asked
 from ..guard.base.untrusted import is_folder
 from ..guard.guard import Guard
 from ..guard.model.vlm import threads_for
-from ..validators.behaviour.evaluation_prompts import Asked, load_probes
+from ..validators.behaviour.evaluation_prompts import Asked, load_evaluation_prompts
 from ..validators.behaviour.judge import judge_for
 from ..validators.behaviour.measure import Behaviour, observe
 from ..validators.behaviour.recorded import recall
@@ -55,7 +55,7 @@ def check_guarded(
     with based_on(origin, adapter, folder.parent) as model, threads_for(model.folder), TemporaryDirectory() as aside:
         held = form.hold(model, guard)
         artefact = form.open(Job(model, held, folder, model.checkpoint, Path(aside)))
-        asked = None if skip_behaviour else load_probes(model.folder, probes, qa, refusals)
+        asked = None if skip_behaviour else load_evaluation_prompts(model.folder, probes, qa, refusals)
         ruling = judge_for(asked.refusal, asked.phrases, judge) if asked else None
         return Examiner(model, held, rounding, asked, ruling, limits, model.folder).of(artefact)
 
@@ -103,7 +103,7 @@ def check_served(
         raise InputError(f"{folder}: no such folder")
     if report and not is_folder(report.parent):
         raise InputError(f"{report.parent}: no such folder")
-    asked = load_probes(folder, probes, qa, refusals)
+    asked = load_evaluation_prompts(folder, probes, qa, refusals)
     ruling = judge_for(asked.refusal, asked.phrases, judge)
     before = observe(baseline, asked, ruling, "baseline") if baseline else None
     now = observe(endpoint, asked, ruling, "served")

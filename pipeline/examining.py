@@ -11,7 +11,7 @@ from ..export.checkpoint.rounding import Rounding
 from ..export.formats.base import Held
 from ..export.formats.onnx.graphs import WrittenGraphs
 from ..export.model import OpenModel
-from ..validators.behaviour.evaluation_prompts import Probes
+from ..validators.behaviour.evaluation_prompts import EvaluationPrompts
 from ..validators.behaviour.judge import Judge
 from ..validators.behaviour.verdict import LIMITS, Limits
 from ..validators.evidence.evidence import Evidence, examine, examine_hooked, with_graphs
@@ -31,7 +31,7 @@ class Examiner:
     model: OpenModel
     held: Held
     rounding: Rounding
-    probes: Probes | None = None
+    probes: EvaluationPrompts | None = None
     judge: Judge | None = None
     limits: Limits = LIMITS
     original: Path | None = None

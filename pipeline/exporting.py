@@ -18,7 +18,7 @@ from ..guard.base.errors import InputError, Refused
 from ..guard.base.remote_code import trusting_if_asked
 from ..guard.guard import Guard
 from ..guard.model.vlm import resolve, threads_for
-from ..validators.behaviour.evaluation_prompts import Asked, Probes, load_probes
+from ..validators.behaviour.evaluation_prompts import Asked, EvaluationPrompts, load_evaluation_prompts
 from ..validators.behaviour.judge import judge_for
 from ..validators.behaviour.making import GuardOptions, given_guard, guard_of, kinds_of
 from ..validators.behaviour.verdict import LIMITS, Limits, check_enough
@@ -113,13 +113,13 @@ class _Terms:
             raise Refused(f"--strict: {model.family.model_type}: {held.fold.approximate}; use --scope sublayers")
         return held
 
-    def prompts(self, folder: Path) -> Probes | None:
+    def prompts(self, folder: Path) -> EvaluationPrompts | None:
         """Returns what behaviour is measured on, None where it is not. InputError if that is too little for any guard
         to be called safer, and a weaker one is not asked for.
         """
         if self.skip_behaviour:
             return None
-        probes = load_probes(folder, self.probes, self.qa, self.refusals)
+        probes = load_evaluation_prompts(folder, self.probes, self.qa, self.refusals)
         if not self.allow_weaker:
             check_enough(probes, self.limits)
         return probes

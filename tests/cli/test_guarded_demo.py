@@ -26,7 +26,7 @@ from guardfold.guard.interventions import Gate, SublayerProjection
 from guardfold.guard.model.vlm import load
 from guardfold.guard.prompts.image_kinds import IMAGE_KINDS, ImageKind, draw
 from guardfold.guard.prompts.prompts import Prompt
-from guardfold.validators.behaviour.evaluation_prompts import load_probes
+from guardfold.validators.behaviour.evaluation_prompts import load_evaluation_prompts
 from guardfold.validators.behaviour.judge import PhraseJudge
 from guardfold.validators.behaviour.measure import generate, observe
 from guardfold.validators.behaviour.recorded import recall
@@ -209,7 +209,7 @@ SOME: tuple[ImageKind, ...] = ("text", "noise", "typographic")
 @pytest.fixture(scope="module")
 def plain_answers(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[ImageKind, list[str]]:
     """Of all harmful probes under shapes, and of 20 of either sort as they are and under two other kinds."""
-    probes = load_probes(DEMO)
+    probes = load_evaluation_prompts(DEMO)
     some = [*probes.harmful[:20], *probes.benign[:20]]
     return ask_plainly(folder, {"shape": probes.harmful, **dict.fromkeys(SOME, some)}, tmp_path_factory.mktemp("plain"))
 
@@ -218,7 +218,7 @@ def test_plain_transformers_finds_the_reports_compliance(
     plain_answers: dict[ImageKind, list[str]], report: dict[str, Any]
 ) -> None:
     """All harmful probes, in another process, one by one: the very count that report.json states."""
-    asked = load_probes(DEMO).harmful
+    asked = load_evaluation_prompts(DEMO).harmful
     complied = [answer != prompt.answer for answer, prompt in zip(plain_answers["shape"], asked, strict=True)]
     stated = report["guarded"]["shape"]["complied"]
     assert (sum(complied), len(complied)) == (stated["count"], stated["total"])
@@ -228,7 +228,7 @@ def test_plain_transformers_finds_the_reports_compliance(
 def test_plain_transformers_gives_the_answers_that_were_measured(
     folder: Path, plain_answers: dict[ImageKind, list[str]], report: dict[str, Any], kind: ImageKind
 ) -> None:
-    probes = load_probes(DEMO)
+    probes = load_evaluation_prompts(DEMO)
     asked, answers = [*probes.harmful[:20], *probes.benign[:20]], plain_answers[kind]
     assert answers == generate(load(folder), asked, "guarded", kind)
     assert sum(answer == prompt.answer for answer, prompt in zip(answers[20:], probes.benign, strict=False)) >= 19
@@ -244,7 +244,7 @@ def test_pushed_and_pulled_it_verifies_and_says_the_same_until_a_byte_flips(
         pulled = verify("tester/demo-guarded")
         assert pulled.differences == [] and pulled.manifest["verdict"] == "safer"
         ModelCard.load(pulled.folder / "README.md").validate()
-        answers = ask_plainly(pulled.folder, {"shape": load_probes(DEMO).harmful[:20]}, tmp_path)
+        answers = ask_plainly(pulled.folder, {"shape": load_evaluation_prompts(DEMO).harmful[:20]}, tmp_path)
         assert answers["shape"] == plain_answers["shape"][:20]
         files = hub.repos["tester/demo-guarded"].files()
         weights = bytearray(files["model.safetensors"])
@@ -256,7 +256,7 @@ def test_pushed_and_pulled_it_verifies_and_says_the_same_until_a_byte_flips(
 def test_a_server_can_be_compared_with_what_the_report_has_of_the_original(
     folder: Path, report: dict[str, Any]
 ) -> None:
-    probes = load_probes(folder)
+    probes = load_evaluation_prompts(folder)
     assert probes.refusal is not None
 
     def refuse(prompts: Sequence[Prompt], what: str, kind: ImageKind | None) -> list[str]:

@@ -35,7 +35,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Probes:
+class EvaluationPrompts:
     """Prompts without images (image kinds are added when measuring), and image questions that bring their own.
 
     parts: benchmark -> its place among the prompts.  pictured: benchmark -> harmful prompts with pictures of their own.
@@ -56,9 +56,9 @@ class Probes:
     """The texts of benign prompts that are near misses: harmful by their words only."""
 
 
-def load_probes(
+def load_evaluation_prompts(
     folder: Path | None, probes: Asked = None, qa: Path | None = None, refusals: Path | None = None
-) -> Probes:
+) -> EvaluationPrompts:
     """Returns the probes that come with the model in `folder`, else the built-in ones, and benchmarks beside them.
 
     probes: at most one file, in place of the model's own, and any number of NAME=PATH, benchmarks of LOADERS.  qa: a
@@ -85,7 +85,9 @@ def load_probes(
     asked = _load_qa(qa) if qa else ()
     own = (load_phrases(refusals),) if refusals else ()
     near_misses = frozenset(near)
-    return Probes(tuple(harmful), tuple(benign), asked, refusal, own, parts, pictured, tuple(questions), near_misses)
+    return EvaluationPrompts(
+        tuple(harmful), tuple(benign), asked, refusal, own, parts, pictured, tuple(questions), near_misses
+    )
 
 
 def _after(prompts: Sequence[Prompt], more: Sequence[Prompt]) -> slice:

@@ -23,7 +23,7 @@ from ...guard.prompts.image_kinds import IMAGE_KINDS, ImageKind
 from ...guard.prompts.prompts import Prompt, at_once, check_words, encode, illustrated, pixels
 from .benchmarks import Pictured
 from .coherence import says_something
-from .evaluation_prompts import Probes
+from .evaluation_prompts import EvaluationPrompts
 from .judge import Judge, matches, mentions
 from .statistics import Rate
 
@@ -122,7 +122,7 @@ Ask = Callable[[Sequence[Prompt], str, ImageKind | None], list[str]]
 """(prompts, what it is called in the progress bar, image kind or None for the prompts as they are) -> answers."""
 
 
-def measure(vlm: VLM, probes: Probes, judge: Judge, what: str, guard: Guard | None = None) -> Behaviour:
+def measure(vlm: VLM, probes: EvaluationPrompts, judge: Judge, what: str, guard: Guard | None = None) -> Behaviour:
     """Returns the behaviour of `vlm` on `probes` under every image kind; `what` names it in the progress bar.
 
     Raises InputError, before anything is asked, for a text that this model cannot be asked.
@@ -133,7 +133,7 @@ def measure(vlm: VLM, probes: Probes, judge: Judge, what: str, guard: Guard | No
     return observe(partial(generate, vlm, guard=guard), probes, judge, what)
 
 
-def observe(ask: Ask, probes: Probes, judge: Judge, what: str) -> Behaviour:
+def observe(ask: Ask, probes: EvaluationPrompts, judge: Judge, what: str) -> Behaviour:
     """Returns the behaviour of whatever answers when it is asked."""
     kinds: dict[ImageKind, Outcomes] = {}
     parts: dict[str, Outcomes] = {}

@@ -11,7 +11,7 @@ from typing import Any
 
 from ...guard.base.errors import InputError
 from ...guard.base.untrusted import parse_object, read_bytes
-from .evaluation_prompts import Probes
+from .evaluation_prompts import EvaluationPrompts
 from .measure import Behaviour, Outcomes
 
 REPORT = "report.json"
@@ -21,7 +21,7 @@ LATER = ("evaded",)
 """Not in the reports of older versions."""
 
 
-def asked(probes: Probes) -> str:
+def asked(probes: EvaluationPrompts) -> str:
     """SHA-256 over what is asked, hexadecimal: outcomes of the same probes can be paired."""
     pictured = {name: [prompt.text for prompt in prompts] for name, prompts in probes.pictured.items()}
     pairs = [
@@ -38,7 +38,7 @@ def record(behaviour: Behaviour) -> dict[str, Any]:
     return {"groups": table, "qa": _bits(behaviour.qa)}
 
 
-def recall(folder: Path, probes: Probes, judge: str, like: Behaviour) -> Behaviour | None:
+def recall(folder: Path, probes: EvaluationPrompts, judge: str, like: Behaviour) -> Behaviour | None:
     """Returns the original's behaviour as the report of an exported `folder` has it; None if it measured none.
 
     like: a behaviour on the same probes.  Raises InputError if the report is of other probes, of another judge, or is

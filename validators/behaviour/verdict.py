@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from ...guard.base.errors import InputError
 from ...guard.prompts.image_kinds import IMAGE_KINDS, TEXT, ImageKind
-from .evaluation_prompts import Probes
+from .evaluation_prompts import EvaluationPrompts
 from .measure import Behaviour, Outcomes
 from .statistics import Pairs, Rate, binomial_tail, holm, mcnemar, needed, upper_bound
 
@@ -73,7 +73,7 @@ class Verdict:
         }
 
 
-def check_enough(probes: Probes, limits: Limits = LIMITS) -> None:
+def check_enough(probes: EvaluationPrompts, limits: Limits = LIMITS) -> None:
     """Raises InputError if there are so few `probes` that no guard at all could be called safer, however good."""
     near = sum(prompt.text in probes.near for prompt in probes.benign)
     groups = (

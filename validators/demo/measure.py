@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ...guard.model.vlm import load
-from ..behaviour.evaluation_prompts import Probes, load_probes
+from ..behaviour.evaluation_prompts import EvaluationPrompts, load_evaluation_prompts
 from ..behaviour.judge import PhraseJudge
 from ..behaviour.measure import measure
 from .calibrate import PICTURE_KINDS
@@ -30,8 +30,8 @@ def figures(folder: Path, every: int = 1) -> dict[str, Any]:
     image_benign_exact: benign requests with a picture answered as expected, by kind, and their mean.
     broken_refusals: how many answers to harmful requests start like a refusal and are not the refusal.
     """
-    probes = load_probes(folder)
-    some = Probes(probes.harmful[::every], probes.benign[::every], probes.qa[::every], probes.refusal)
+    probes = load_evaluation_prompts(folder)
+    some = EvaluationPrompts(probes.harmful[::every], probes.benign[::every], probes.qa[::every], probes.refusal)
     seen = measure(load(folder, "cpu", torch.float32), some, PhraseJudge(probes.refusal), "measuring the demo")
     kinds = {kind: seen.kinds[kind] for kind in PICTURE_KINDS}
     return {

@@ -15,7 +15,7 @@ from ...guard.model.roles import skipped_on_text
 from ...guard.model.vlm import VLM
 from ...guard.prompts.image_kinds import IMAGE_KINDS, TEXT, ImageKind
 from ..behaviour.divergence import KL_PROMPTS, Divergence
-from ..behaviour.evaluation_prompts import Probes
+from ..behaviour.evaluation_prompts import EvaluationPrompts
 from ..report.markup import note, section
 from ..report.plots import direction_strips
 from .detector import detector_of, detector_scores
@@ -59,7 +59,7 @@ def _run(context: Context) -> Effects | None:
     return Effects(kl, scores, layer, _projections(vlm, guard.reference, probes) if guard.reference else {})
 
 
-def _projections(vlm: VLM, reference: PerLayer, probes: Probes) -> dict[ImageKind, dict[str, list[float]]]:
+def _projections(vlm: VLM, reference: PerLayer, probes: EvaluationPrompts) -> dict[ImageKind, dict[str, list[float]]]:
     layer = max(reference.layers)
     along: dict[ImageKind, dict[str, list[float]]] = {kind: {} for kind in IMAGE_KINDS}
     for kind in IMAGE_KINDS:

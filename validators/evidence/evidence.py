@@ -12,7 +12,7 @@ from ...export.families.table import Family
 from ...export.fold import Fold
 from ...export.formats.lora import Adapted
 from ...guard.guard import Guard
-from ..behaviour.evaluation_prompts import Probes
+from ..behaviour.evaluation_prompts import EvaluationPrompts
 from ..behaviour.judge import Judge
 from ..behaviour.verdict import LIMITS, Limits, Ruling, Verdict
 from . import EVIDENCE
@@ -92,7 +92,7 @@ def examine(
     guard: Guard,
     fold: Fold,
     rounding: Rounding,
-    probes: Probes | None,
+    probes: EvaluationPrompts | None,
     judge: Judge | None = None,
     limits: Limits = LIMITS,
 ) -> Evidence:
@@ -106,7 +106,11 @@ def examine(
 
 
 def examine_hooked(
-    source: Checkpoint, guard: Guard, probes: Probes | None, judge: Judge | None = None, limits: Limits = LIMITS
+    source: Checkpoint,
+    guard: Guard,
+    probes: EvaluationPrompts | None,
+    judge: Judge | None = None,
+    limits: Limits = LIMITS,
 ) -> Evidence:
     """Gathers the evidence about `source` with `guard`'s hooks, which graphs shall hold: what it does. Nothing was
     folded.
@@ -115,7 +119,12 @@ def examine_hooked(
 
 
 def with_graphs(
-    evidence: Evidence, runtime: Runtime, folder: Path, provider: str, probes: Probes | None, judge: Judge | None = None
+    evidence: Evidence,
+    runtime: Runtime,
+    folder: Path,
+    provider: str,
+    probes: EvaluationPrompts | None,
+    judge: Judge | None = None,
 ) -> Evidence:
     """Adds to `evidence` what `runtime` and the graphs in `folder` say. Formats too coarse to be equal to torch are
     asked `probes`, on `provider`, and fail unless they are safer than the original.

@@ -9,7 +9,7 @@ from dataclasses import replace
 from rich.text import Text
 
 from ...export.formats.onnx.layout import PRECISIONS
-from ..behaviour.evaluation_prompts import Probes
+from ..behaviour.evaluation_prompts import EvaluationPrompts
 from ..behaviour.measure import Behaviour, measure
 from ..behaviour.verdict import judge_guard
 from ..runtimes.onnx import Runner
@@ -29,7 +29,9 @@ def _run(context: Context) -> Runtime | None:
     return Runtime(tuple(formats))
 
 
-def _judged(agreement: Agreement, graphs: Graphs, original: Behaviour, probes: Probes, context: Context) -> Agreement:
+def _judged(
+    agreement: Agreement, graphs: Graphs, original: Behaviour, probes: EvaluationPrompts, context: Context
+) -> Agreement:
     precision = PRECISIONS[agreement.precision]
     if not math.isinf(precision.tolerance):
         return agreement

@@ -23,7 +23,7 @@ from ...export.fold import Fold
 from ...export.formats.lora import Adapted
 from ...guard.guard import Guard
 from ...guard.model.vlm import VLM
-from ..behaviour.evaluation_prompts import Probes
+from ..behaviour.evaluation_prompts import EvaluationPrompts
 from ..behaviour.judge import Judge, PhraseJudge
 from ..behaviour.verdict import LIMITS, Limits
 from ..runtimes.opened import Opened
@@ -87,7 +87,7 @@ class Context:
     source: Checkpoint
     guard: Guard
     edited: Edited | None = None
-    probes: Probes | None = None
+    probes: EvaluationPrompts | None = None
     judge: Judge | None = None
     graphs: Graphs | None = None
     limits: Limits = LIMITS
@@ -104,7 +104,7 @@ class Context:
         """The guarded model: what was written, or without it the original and the guard that it must be given."""
         return (self.opened(self.edited.weights), None) if self.edited else (self.original, self.guard)
 
-    def rules(self, probes: Probes) -> Judge:
+    def rules(self, probes: EvaluationPrompts) -> Judge:
         """Returns the judge of answers to `probes`."""
         return self.judge or PhraseJudge(probes.refusal, probes.phrases)
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from html import escape
 
 from ...guard.prompts.image_kinds import IMAGE_KINDS, ImageKind
-from ..behaviour.evaluation_prompts import Probes
+from ..behaviour.evaluation_prompts import EvaluationPrompts
 from ..behaviour.measure import Behaviour
 from ..report.markup import row, section
 from .behaviour import GUARDED, ORIGINAL
@@ -29,7 +29,7 @@ class Sample:
     guarded: str
 
 
-def sampled(probes: Probes, original: Behaviour, guarded: Behaviour) -> Iterator[Sample]:
+def sampled(probes: EvaluationPrompts, original: Behaviour, guarded: Behaviour) -> Iterator[Sample]:
     """Takes COUNT prompts, harmful and benign in turn, over all image kinds and probes; cuts harmful answers short."""
     prompts = [*probes.harmful, *probes.benign]
     for index in range(COUNT):

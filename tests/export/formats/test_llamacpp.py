@@ -20,7 +20,7 @@ from guardfold.guard.model.vlm import load
 from guardfold.guard.prompts.image_kinds import IMAGE_KINDS
 from guardfold.guard.prompts.prompts import encode
 from guardfold.pipeline import GuardOptions, check_served, export_guarded
-from guardfold.validators.behaviour.evaluation_prompts import load_probes
+from guardfold.validators.behaviour.evaluation_prompts import load_evaluation_prompts
 from guardfold.validators.behaviour.judge import PhraseJudge
 from guardfold.validators.behaviour.measure import MAX_NEW_TOKENS, measure
 from guardfold.validators.behaviour.verdict import LIMITS
@@ -81,7 +81,7 @@ def test_text_tokens_are_those_of_transformers(
     config = json.loads((models[name] / "config.json").read_text("utf-8"))["text_config"]
     assert config["mlp_bias"] is (name == "widened")
     llama.quantise(models[name], tmp_path / "f32.gguf", "f32")
-    vlm, probes = load(models[name], "cpu", torch.float32), load_probes(DEMO, few)
+    vlm, probes = load(models[name], "cpu", torch.float32), load_evaluation_prompts(DEMO, few)
     model: Any = vlm.model
     with llama.serve(tmp_path / "f32.gguf") as url:
         for prompt in (*probes.harmful, *probes.benign):
@@ -100,7 +100,7 @@ def test_pictures_are_seen_as_transformers_would_see_them_with_the_class_token_l
     for the space that TEMPLATE takes away, every answer is the same, word for word.
     """
     llama.quantise(models[name], tmp_path / "f32.gguf", "f32")
-    vlm, probes = load(models[name], "cpu", torch.float32), load_probes(DEMO, few)
+    vlm, probes = load(models[name], "cpu", torch.float32), load_evaluation_prompts(DEMO, few)
     vlm.model.get_submodule("model.vision_tower.embeddings").register_forward_hook(class_last)
     expected = measure(vlm, probes, PhraseJudge(probes.refusal), name)
     with llama.serve(tmp_path / "f32.gguf", tower, TEMPLATE) as url:

@@ -28,7 +28,7 @@ from guardfold.guard.prompts.prompt_files import rows
 from guardfold.guard.prompts.prompts import Prompt, beside, encode, illustrated, load_anchors
 from guardfold.validators.behaviour import measure as behaviour
 from guardfold.validators.behaviour.benchmarks import Pictured
-from guardfold.validators.behaviour.evaluation_prompts import Probes, load_probes
+from guardfold.validators.behaviour.evaluation_prompts import EvaluationPrompts, load_evaluation_prompts
 from guardfold.validators.behaviour.judge import PhraseJudge
 
 PROMPT_FILES = ["anchors.jsonl", "benign.jsonl", "probes.jsonl", "qa.jsonl", "demo.json"]
@@ -66,7 +66,7 @@ def test_a_models_own_prompt_files_are_files_of_its_folder(
     refused(lambda: beside(folder, name), says)
     refused(lambda: read_config(folder), says)
     if name in ("probes.jsonl", "qa.jsonl", "demo.json"):
-        refused(lambda: load_probes(folder), says)
+        refused(lambda: load_evaluation_prompts(folder), says)
 
 
 def test_the_hubs_cache_keeps_prompts_and_pictures_as_links(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_the_hubs_cache_keeps_prompts_and_pictures_as_links(tmp_path: Path) -> N
     write(blobs / "2", {"image": "images/a.png", "text": "what ?", "answer": "red"})
     (folder / "images" / "a.png").symlink_to("../../../blobs/1")
     (folder / "qa.jsonl").symlink_to("../../blobs/2")
-    (asked,) = load_probes(folder).qa
+    (asked,) = load_evaluation_prompts(folder).qa
     assert asked.image is not None and asked.image.size == (4, 4)
 
 
@@ -97,7 +97,7 @@ def test_what_a_user_names_may_be_a_link_and_is_a_regular_file(tmp_path: Path) -
         (tmp_path / "a\0b", "not a name that a file can have"),
     ):
         refused(partial(load_anchors, path), says)
-        refused(partial(load_probes, None, path), says)
+        refused(partial(load_evaluation_prompts, None, path), says)
 
 
 @pytest.mark.parametrize("name", ["loop.png", f"{LONG}.png", "\ud800.png", "a\0b", "pipe.png"])
@@ -106,7 +106,7 @@ def test_a_picture_by_an_impossible_name_is_refused(tmp_path: Path, name: str) -
     os.mkfifo(tmp_path / "pipe.png")
     refused(lambda: load_image(tmp_path, name, "here"), "^here: .* is not a file inside")
     write(tmp_path / "qa.jsonl", {"image": name, "text": "what ?", "answer": "red"})
-    refused(lambda: load_probes(tmp_path), r"qa\.jsonl, line 1: ")
+    refused(lambda: load_evaluation_prompts(tmp_path), r"qa\.jsonl, line 1: ")
     write(tmp_path / "benign.jsonl", {"image": name, "text": "what ?"})
     refused(lambda: load_benign(tmp_path / "benign.jsonl"), r"benign\.jsonl, line 1: ")
 
@@ -124,9 +124,9 @@ def test_texts_that_no_model_is_asked_are_refused(tmp_path: Path, text: str, say
     anchors = write(tmp_path / "a.jsonl", {"harmful": text, "harmless": "buy"})
     refused(lambda: load_anchors(anchors), where + says)
     write(tmp_path / "probes.jsonl", {"harmful": True, "text": text})
-    refused(lambda: load_probes(tmp_path), where + says)
+    refused(lambda: load_evaluation_prompts(tmp_path), where + says)
     qa = write(tmp_path / "q.jsonl", {"image": "a.png", "text": text, "answer": "red"})
-    refused(lambda: load_probes(None, qa=qa), where + says)
+    refused(lambda: load_evaluation_prompts(None, qa=qa), where + says)
 
 
 @pytest.mark.parametrize("kind", [None, "blank"])
@@ -141,7 +141,7 @@ def test_such_a_word_is_found_before_anything_is_asked(
 ) -> None:
     asked = (Pictured("how to <image> walk ?", tmp_path / "a.png"),)
     given: dict[str, Any] = {part: {"a": asked} if part == "pictured" else asked}
-    probes = replace(Probes((), ()), **given)
+    probes = replace(EvaluationPrompts((), ()), **given)
     monkeypatch.setattr(behaviour, "observe", lambda *_: pytest.fail("asked"))
     refused(lambda: behaviour.measure(tiny, probes, PhraseJudge(), "test"), "<image> stands for a picture")
 
@@ -235,10 +235,10 @@ def test_a_picture_is_decoded_once_a_file_and_all_of_them_within_bounds(
     names = ["a.png", "./a.png", "link.png"] * 10
     qa = write(tmp_path / "qa.jsonl", *({**asked, "image": name} for name in names))
     monkeypatch.setattr(pictures, "MAX_PIXELS_TOGETHER", 20)
-    for loaded in (load_probes(None, qa=qa).qa, load_benign(qa)):
+    for loaded in (load_evaluation_prompts(None, qa=qa).qa, load_benign(qa)):
         assert len(loaded) == 30 and len({id(each.image) for each in loaded}) == 1
     write(qa, *({**asked, "image": name} for name in (*names, "b.png")))
-    for step in (lambda: load_probes(None, qa=qa), lambda: load_benign(qa)):
+    for step in (lambda: load_evaluation_prompts(None, qa=qa), lambda: load_benign(qa)):
         refused(step, r"qa\.jsonl, line 31: the pictures up to here have over 20 pixels")
 
 

@@ -61,7 +61,7 @@ def selections(folder: Path) -> dict[str, Any]:
     from guardfold.guard.fitting.directions import extract
     from guardfold.guard.model.vlm import load
     from guardfold.guard.prompts.prompts import Anchors, Prompt
-    from guardfold.validators.behaviour.evaluation_prompts import Probes
+    from guardfold.validators.behaviour.evaluation_prompts import EvaluationPrompts
     from guardfold.validators.behaviour.judge import PhraseJudge
     from guardfold.validators.behaviour.measure import observe
     from guardfold.validators.behaviour.recorded import record
@@ -72,7 +72,7 @@ def selections(folder: Path) -> dict[str, Any]:
     vlm = load(folder, "cpu")
     behaviour = observe(
         lambda prompts, what, kind: ["yes"] * len(prompts),
-        Probes((Prompt("steal bread"),), (Prompt("bake bread"),)),
+        EvaluationPrompts((Prompt("steal bread"),), (Prompt("bake bread"),)),
         PhraseJudge(None),
         "asked",
     )

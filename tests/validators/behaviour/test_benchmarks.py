@@ -19,7 +19,7 @@ from guardfold.guard.prompts.prompt_files import MAX_TEXT
 from guardfold.guard.prompts.prompts import Prompt
 from guardfold.validators.behaviour import benchmarks
 from guardfold.validators.behaviour.benchmarks import FIGSTEP_TEXT, LOADERS, Pictured, load_benchmark
-from guardfold.validators.behaviour.evaluation_prompts import BUILT_IN, Probes, load_probes
+from guardfold.validators.behaviour.evaluation_prompts import BUILT_IN, EvaluationPrompts, load_evaluation_prompts
 from guardfold.validators.behaviour.judge import PhraseJudge, mentions
 from guardfold.validators.behaviour.measure import Behaviour, observe
 from guardfold.validators.behaviour.verdict import judge_guard
@@ -279,9 +279,9 @@ def test_a_label_that_is_no_text_is_refused(tmp_path: Path) -> None:
 
 
 def test_benchmarks_come_beside_the_plain_probes(tmp_path: Path) -> None:
-    plain = load_probes(tmp_path)
+    plain = load_evaluation_prompts(tmp_path)
     given = [f"{name}={FILES[name](tmp_path / name)}" for name in FILES]
-    found = load_probes(tmp_path, [*given, BUILT_IN])
+    found = load_evaluation_prompts(tmp_path, [*given, BUILT_IN])
     assert found.harmful[: len(plain.harmful)] == plain.harmful
     assert texts(found.harmful[found.parts["advbench"].harmful]) == ["Paint a wall, please", "Open it"]
     assert texts(found.benign[found.parts["xstest"].benign]) == ["How do I kill a process?"]
@@ -306,10 +306,10 @@ def test_benchmarks_come_beside_the_plain_probes(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_asked_is_said(tmp_path: Path, probes: list[str | Path], says: str) -> None:
     with pytest.raises(InputError, match=says):
-        load_probes(tmp_path, probes)
+        load_evaluation_prompts(tmp_path, probes)
     path = adv_bench(tmp_path)
     with pytest.raises(InputError, match="advbench is given twice"):
-        load_probes(tmp_path, [f"advbench={path}", f"AdvBench={path}"])
+        load_evaluation_prompts(tmp_path, [f"advbench={path}", f"AdvBench={path}"])
 
 
 def test_words_are_found_whole_and_in_order() -> None:
@@ -318,7 +318,7 @@ def test_words_are_found_whole_and_in_order() -> None:
     assert not mentions("a square, red", "red square")
 
 
-def behaviour(probes: Probes, to_pictured: str) -> Behaviour:
+def behaviour(probes: EvaluationPrompts, to_pictured: str) -> Behaviour:
     """Of something that refuses every text, says red to image questions, and `to_pictured` to MM-SafetyBench."""
 
     def ask(prompts: Sequence[Prompt], what: str, kind: ImageKind | None) -> list[str]:
@@ -331,7 +331,7 @@ def behaviour(probes: Probes, to_pictured: str) -> Behaviour:
 def test_benchmarks_are_measured_apart_and_pictured_ones_have_a_say(tmp_path: Path) -> None:
     mm_safety_bench(tmp_path / "many", 8)
     given = [f"{name}={FILES[name](tmp_path / name)}" for name in ("advbench", "xstest", "vqa")]
-    probes = load_probes(tmp_path, [*given, f"mm-safetybench={tmp_path / 'many'}"])
+    probes = load_evaluation_prompts(tmp_path, [*given, f"mm-safetybench={tmp_path / 'many'}"])
     refusing, complying = behaviour(probes, "I can't help."), behaviour(probes, "Sure")
     figures = refusing.figures()
     assert all(figures[f"advbench, {kind}"]["complied"]["total"] == 2 for kind in IMAGE_KINDS)

@@ -14,7 +14,7 @@ from guardfold.guard.model.vlm import VLM, load
 from guardfold.guard.prompts.image_kinds import IMAGE_KINDS
 from guardfold.guard.prompts.prompts import Prompt, encode, illustrated
 from guardfold.validators.behaviour.coherence import likelihoods, says_something
-from guardfold.validators.behaviour.evaluation_prompts import Probes, load_probes
+from guardfold.validators.behaviour.evaluation_prompts import EvaluationPrompts, load_evaluation_prompts
 from guardfold.validators.behaviour.judge import PhraseJudge
 from guardfold.validators.behaviour.measure import Behaviour, generate, observe
 from guardfold.validators.demo import DEMO
@@ -55,7 +55,7 @@ def test_what_has_no_words_or_runs_in_a_circle_does_not(answer: str) -> None:
 
 
 def test_gibberish_is_no_answer() -> None:
-    probes = Probes((Prompt("steal bread"),), (Prompt("bake bread"),))
+    probes = EvaluationPrompts((Prompt("steal bread"),), (Prompt("bake bread"),))
 
     def answered(text: str) -> bool:
         behaviour = observe(lambda prompts, what, kind: [text] * len(prompts), probes, PhraseJudge(), "asked")
@@ -89,8 +89,8 @@ def test_likelihoods_are_those_of_a_plain_forward(demo: VLM) -> None:
 
 @pytest.fixture(scope="module")
 def said(demo: VLM) -> tuple[tuple[Prompt, ...], Behaviour]:
-    probes = load_probes(DEMO)
-    few = Probes(probes.harmful[:2], probes.benign[:24], refusal=probes.refusal)
+    probes = load_evaluation_prompts(DEMO)
+    few = EvaluationPrompts(probes.harmful[:2], probes.benign[:24], refusal=probes.refusal)
     ask: Any = lambda prompts, what, kind: generate(demo, prompts, what, kind)  # noqa: E731
     return few.benign, observe(ask, few, PhraseJudge(few.refusal), "original")
 

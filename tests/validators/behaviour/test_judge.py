@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from guardfold.guard.base.errors import InputError
-from guardfold.validators.behaviour.evaluation_prompts import load_probes
+from guardfold.validators.behaviour.evaluation_prompts import load_evaluation_prompts
 from guardfold.validators.behaviour.judge import PhraseJudge, declines, judge_for, matches, normalise
 from guardfold.validators.behaviour.phrases import built_in, load_phrases, spoken
 
@@ -215,6 +215,6 @@ def test_normalising_twice_changes_nothing() -> None:
 def test_a_run_takes_the_users_phrases_and_is_named_after_them(tmp_path: Path) -> None:
     path = tmp_path / "own.toml"
     path.write_text('refused = ["computer says no"]\n')
-    probes = load_probes(None, refusals=path)
+    probes = load_evaluation_prompts(None, refusals=path)
     judge = judge_for(probes.refusal, probes.phrases, None)
     assert judge.refuses("how ?", "Computer says no.") and judge.name != PhraseJudge().name == "phrases"

@@ -11,12 +11,12 @@ import pytest
 from guardfold.guard.base.errors import InputError
 from guardfold.guard.prompts.image_kinds import IMAGE_KINDS
 from guardfold.guard.prompts.prompts import Prompt
-from guardfold.validators.behaviour.evaluation_prompts import Probes
+from guardfold.validators.behaviour.evaluation_prompts import EvaluationPrompts
 from guardfold.validators.behaviour.judge import PhraseJudge
 from guardfold.validators.behaviour.measure import Behaviour, observe
 from guardfold.validators.behaviour.recorded import asked, recall, record
 
-PROBES = Probes(
+PROBES = EvaluationPrompts(
     (Prompt("steal bread"), Prompt("steal cake"), Prompt("steal pie")),
     (Prompt("bake bread", answer="Use flour."), Prompt("kill weeds")),
     near=frozenset({"kill weeds"}),

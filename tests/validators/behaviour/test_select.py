@@ -30,7 +30,7 @@ from guardfold.guard.presets import presets
 from guardfold.guard.prompts import prompts
 from guardfold.guard.prompts.prompts import BUILT_IN_ANCHORS, Prompt, load_anchors
 from guardfold.validators.behaviour import selection as select
-from guardfold.validators.behaviour.evaluation_prompts import load_probes
+from guardfold.validators.behaviour.evaluation_prompts import load_evaluation_prompts
 from guardfold.validators.behaviour.judge import PhraseJudge
 from guardfold.validators.behaviour.selection import Bench, Figures, Trial, best, choose, sample_scores, scrutinise
 
@@ -317,5 +317,5 @@ def test_no_probe_is_among_what_guards_are_made_and_chosen_of(demo: bool, tmp_pa
     parts = deal(anchors, load_benign(folder / "benign.jsonl" if demo else BUILT_IN_BENIGN))
     groups = [group for p in parts.values() for group in (p.harmful, p.harmless, p.benign, p.near)]
     used = {normal(prompt.text) for group in groups for prompt in group}
-    probes = load_probes(folder)
+    probes = load_evaluation_prompts(folder)
     assert not used & {normal(prompt.text) for prompt in (*probes.harmful, *probes.benign)}

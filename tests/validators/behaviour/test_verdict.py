@@ -14,7 +14,7 @@ import pytest
 from guardfold.guard.base.errors import InputError
 from guardfold.guard.prompts.image_kinds import IMAGE_KINDS, TEXT, ImageKind
 from guardfold.guard.prompts.prompts import Prompt
-from guardfold.validators.behaviour.evaluation_prompts import Probes, load_probes
+from guardfold.validators.behaviour.evaluation_prompts import EvaluationPrompts, load_evaluation_prompts
 from guardfold.validators.behaviour.measure import Behaviour, Outcomes
 from guardfold.validators.behaviour.verdict import LIMITS, Limits, Ruling, Verdict, check_enough, judge_guard
 
@@ -241,10 +241,10 @@ def test_what_was_not_measured_is_named_and_not_ruled_on() -> None:
     assert judged(GAP, behaviour(CLOSED)).unmeasured == ()
 
 
-def few(harmful: int, benign: int, near: int = 0, qa: int = 0) -> Probes:
+def few(harmful: int, benign: int, near: int = 0, qa: int = 0) -> EvaluationPrompts:
     plain, odd = ([Prompt(f"{name} {at}") for at in range(count)] for name, count in (("a", benign), ("b", near)))
     texts = frozenset(each.text for each in odd)
-    return Probes(
+    return EvaluationPrompts(
         tuple(Prompt(f"h {at}") for at in range(harmful)),
         (*plain, *odd),
         tuple(Prompt(f"q {at}") for at in range(qa)),
@@ -262,7 +262,7 @@ def few(harmful: int, benign: int, near: int = 0, qa: int = 0) -> Probes:
         (few(10, 10), "10 harmful probes, .*; 10 benign probes, "),
     ],
 )
-def test_too_few_probes_are_refused_before_anything_is_measured(probes: Probes, said: str) -> None:
+def test_too_few_probes_are_refused_before_anything_is_measured(probes: EvaluationPrompts, said: str) -> None:
     with pytest.raises(InputError, match=f"^too few probes for a verdict: {said}"):
         check_enough(probes)
 
@@ -270,7 +270,7 @@ def test_too_few_probes_are_refused_before_anything_is_measured(probes: Probes, 
 def test_enough_is_as_few_as_a_faultless_guard_needs() -> None:
     check_enough(few(149, 149, 59, 59))
     check_enough(few(30, 30), Limits(loss=0.1))
-    check_enough(load_probes(None))
+    check_enough(load_evaluation_prompts(None))
 
 
 @pytest.mark.parametrize("changed", [{"minimum_effect": 1.0}, {"loss": 0.0}, {"level": -0.1}, {"kl": float("nan")}])

@@ -19,7 +19,7 @@ from guardfold.guard.guard import Guard
 from guardfold.guard.interventions import SublayerProjection, TwoPass
 from guardfold.guard.prompts.prompts import Prompt
 from guardfold.pipeline import GuardOptions, NotSafer, export_guarded
-from guardfold.validators.behaviour.evaluation_prompts import Probes
+from guardfold.validators.behaviour.evaluation_prompts import EvaluationPrompts
 from guardfold.validators.evidence import EVIDENCE
 from guardfold.validators.evidence.evidence import examine_hooked, gather
 from guardfold.validators.evidence.piece import Context, Picture, Piece, Stage
@@ -147,7 +147,7 @@ def test_each_model_is_opened_once_and_alone(model: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(opened, "load", watched)
     checkpoint, prompt = Checkpoint.open(model), (Prompt("how to walk ?"),)
     guard = Guard((DIRECTION,), reference=TwoPass({1: random_basis(1, 32)}))
-    found = examine_hooked(checkpoint, guard, Probes(prompt, prompt))
+    found = examine_hooked(checkpoint, guard, EvaluationPrompts(prompt, prompt))
     assert found.effects.projections and found.reference and found.guarded and found.samples
     assert len(loaded) == 1
     gc.collect()

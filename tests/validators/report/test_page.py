@@ -17,7 +17,7 @@ from gates import full_guard
 
 from guardfold.guard.prompts.image_kinds import IMAGE_KINDS
 from guardfold.guard.prompts.prompts import Prompt
-from guardfold.validators.behaviour.evaluation_prompts import Probes
+from guardfold.validators.behaviour.evaluation_prompts import EvaluationPrompts
 from guardfold.validators.behaviour.measure import Behaviour, Outcomes
 from guardfold.validators.evidence.samples import COUNT, SNIPPET, sampled
 from guardfold.validators.report.page import render_page
@@ -48,7 +48,7 @@ def behaviour(complied: int) -> Behaviour:
 def figures(**changed: Any) -> dict[str, Any]:
     asked = tuple(Prompt(f"{HOSTILE} {index}") for index in range(10))
     before, after = behaviour(7), behaviour(1)
-    samples = list(sampled(Probes(asked, asked), before, after))
+    samples = list(sampled(EvaluationPrompts(asked, asked), before, after))
     assert len(samples) == COUNT
     strips = {kind: {"harmful": [1.0, 2.0, 3.0], "benign": [-1.0, 0.0, 0.5]} for kind in IMAGE_KINDS}
     return {

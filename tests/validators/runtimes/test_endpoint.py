@@ -17,7 +17,7 @@ from guardfold.guard.base.errors import InputError
 from guardfold.guard.prompts.image_kinds import IMAGE_KINDS, draw
 from guardfold.guard.prompts.prompts import Prompt
 from guardfold.pipeline import Served, check_served
-from guardfold.validators.behaviour.evaluation_prompts import load_probes
+from guardfold.validators.behaviour.evaluation_prompts import load_evaluation_prompts
 from guardfold.validators.behaviour.judge import PhraseJudge
 from guardfold.validators.behaviour.measure import MAX_NEW_TOKENS, observe
 from guardfold.validators.behaviour.recorded import asked, record
@@ -83,7 +83,7 @@ def with_report(folder: Path, probes: Path, judge: str = "phrases") -> Path:
     """A folder whose report says what the plain model did with its own probes."""
     folder.mkdir()
     (folder / "probes.jsonl").write_bytes(probes.read_bytes())
-    held = load_probes(folder)
+    held = load_evaluation_prompts(folder)
 
     def plain(prompts: Any, what: str, kind: Any) -> list[str]:
         return [says("plain", each.text, draw(kind, "", 0) if kind else None) for each in prompts]

@@ -13,7 +13,7 @@ from serving import running
 from guardfold.guard.model.vlm import load
 from guardfold.guard.prompts.image_kinds import IMAGE_KINDS
 from guardfold.pipeline import check_served
-from guardfold.validators.behaviour.evaluation_prompts import load_probes
+from guardfold.validators.behaviour.evaluation_prompts import load_evaluation_prompts
 from guardfold.validators.behaviour.judge import PhraseJudge
 from guardfold.validators.behaviour.measure import measure
 from guardfold.validators.demo import DEMO
@@ -39,7 +39,7 @@ def test_what_is_served_does_what_the_weights_do(served: str, tmp_path: Path) ->
     few.write_text("\n".join(map(json.dumps, kept)), encoding="utf-8")
     qa.write_text("", encoding="utf-8")
     found = check_served(Endpoint(served, str(DEMO), concurrency=2), folder=DEMO, probes=few, qa=qa)
-    probes = load_probes(DEMO, few, qa)
+    probes = load_evaluation_prompts(DEMO, few, qa)
     weights = measure(load(DEMO, "cpu"), probes, PhraseJudge(probes.refusal), "weights")
     assert 0 < sum(weights.kinds["shape"].complied) < 24
     for kind in IMAGE_KINDS:

@@ -1,4 +1,4 @@
-"""Probes: what a model folder brings, what is built in, what overrides them, and what is refused."""
+"""Evaluation prompts: what a model folder brings, what is built in, what overrides them, and what is refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from guardfold.guard.base.errors import InputError
-from guardfold.validators.behaviour.evaluation_prompts import load_probes
+from guardfold.validators.behaviour.evaluation_prompts import load_evaluation_prompts
 
 ROWS = [
     {"text": "how to steal ?", "harmful": True},
@@ -30,7 +30,7 @@ def test_a_model_folder_brings_its_own(tmp_path: Path) -> None:
     write(tmp_path / "qa.jsonl", [{"image": "a.png", "text": "what ?", "answer": "red"}])
     Image.new("RGB", (2, 2), "red").save(tmp_path / "a.png")
     write(tmp_path / "demo.json", [{"refusal": "sorry ."}])
-    probes = load_probes(tmp_path)
+    probes = load_evaluation_prompts(tmp_path)
     assert [each.text for each in probes.harmful] == ["how to steal ?"]
     assert [(each.text, each.answer) for each in probes.benign] == [
         ("how to walk ?", "on foot"),
@@ -41,21 +41,21 @@ def test_a_model_folder_brings_its_own(tmp_path: Path) -> None:
 
 
 def test_files_that_are_named_come_first_and_built_in_ones_last(tmp_path: Path) -> None:
-    built_in = load_probes(tmp_path)
+    built_in = load_evaluation_prompts(tmp_path)
     assert len(built_in.harmful) >= 100
     assert len(built_in.benign) >= 320
     assert built_in.qa == ()
     assert built_in.refusal is None
     write(tmp_path / "probes.jsonl", ROWS)
     other = write(tmp_path / "other.jsonl", [{**row, "text": f"{row['text']} !"} for row in ROWS])
-    assert load_probes(tmp_path, other).harmful[0].text == "how to steal ? !"
-    assert load_probes(tmp_path).harmful[0].text == "how to steal ?"
+    assert load_evaluation_prompts(tmp_path, other).harmful[0].text == "how to steal ? !"
+    assert load_evaluation_prompts(tmp_path).harmful[0].text == "how to steal ?"
 
 
 def test_csv_says_true_and_false_in_words(tmp_path: Path) -> None:
     path = tmp_path / "probes.csv"
     path.write_text("text,harmful,answer\nsteal,True,\nwalk,false,on foot\n", encoding="utf-8")
-    probes = load_probes(tmp_path, path)
+    probes = load_evaluation_prompts(tmp_path, path)
     assert [each.text for each in probes.harmful] == ["steal"]
     assert [(each.text, each.answer) for each in probes.benign] == [("walk", "on foot")]
 
@@ -75,7 +75,7 @@ def test_csv_says_true_and_false_in_words(tmp_path: Path) -> None:
 def test_malformed_probes_are_refused(tmp_path: Path, rows: list[Any], says: str) -> None:
     path = write(tmp_path / "probes.jsonl", rows)
     with pytest.raises(InputError, match=says) as error:
-        load_probes(tmp_path)
+        load_evaluation_prompts(tmp_path)
     assert str(path) in str(error.value)
 
 
@@ -94,7 +94,7 @@ def test_malformed_image_questions_are_refused(tmp_path: Path, row: dict[str, st
         Image.new("RGB", (2, 2)).save(place / "a.png")
     qa = write(folder / "qa.jsonl", [row])
     with pytest.raises(InputError, match=says) as error:
-        load_probes(folder)
+        load_evaluation_prompts(folder)
     assert str(qa) in str(error.value)
 
 
@@ -102,7 +102,7 @@ def test_malformed_image_questions_are_refused(tmp_path: Path, row: dict[str, st
 def test_a_description_that_is_no_object_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "demo.json").write_text(text, encoding="utf-8")
     with pytest.raises(InputError, match=r"demo\.json: not (a JSON object|sound JSON)"):
-        load_probes(tmp_path)
+        load_evaluation_prompts(tmp_path)
 
 
 def test_near_misses_are_known_by_their_kind_and_those_of_benchmarks_are_all(tmp_path: Path) -> None:
@@ -113,7 +113,10 @@ def test_near_misses_are_known_by_their_kind_and_those_of_benchmarks_are_all(tmp
     ]
     (tmp_path / "probes.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "xs.csv").write_text("prompt,label\nkill a process,safe\nkill a man,unsafe\n")
-    assert load_probes(tmp_path).near == {"kill the weeds"}
-    assert load_probes(tmp_path, [f"xstest={tmp_path / 'xs.csv'}"]).near == {"kill the weeds", "kill a process"}
-    built_in = load_probes(None)
+    assert load_evaluation_prompts(tmp_path).near == {"kill the weeds"}
+    assert load_evaluation_prompts(tmp_path, [f"xstest={tmp_path / 'xs.csv'}"]).near == {
+        "kill the weeds",
+        "kill a process",
+    }
+    built_in = load_evaluation_prompts(None)
     assert 200 <= sum(each.text in built_in.near for each in built_in.benign) < len(built_in.benign)
