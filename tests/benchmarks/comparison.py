@@ -1,9 +1,9 @@
 """What it costs to hold a folder to what plain transformers loads: python tests/benchmarks/comparison.py [--layers 1]
 
 Makes a random LLaVA-1.5-shaped checkpoint (bf16; 1.0 GB with one layer and two of the tower), guards it by projecting
-one layer, and times, in turns in one process with everything in the page cache: the comparison of untouched bytes that was
-all there was before (source against result), the comparison of the source with what transformers loads from it, and the
-whole of `inspect_folder` on the result, which holds it to both.
+one layer, and times, in turns in one process with everything in the page cache: the comparison of untouched bytes that
+was all there was before (source against result), the comparison of the source with what transformers loads from it, and
+the whole of `inspect_folder` on the result, which holds it to both.
 """
 
 from __future__ import annotations
