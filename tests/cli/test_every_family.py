@@ -19,14 +19,35 @@ from guardfold.export.formats.onnx.paths import PATHS
 
 pytestmark = pytest.mark.processors
 
-FAMILIES = [pytest.param(alias, marks=[pytest.mark.vision] if family.vision else []) for alias, family in REAL.items()]
+IN_CI = (
+    *("llava", "llava-onevision", "qwen2.5-vl", "internvl", "smolvlm", "paligemma", "pixtral", "llama-vision"),
+    *("llama4", "lfm2-vl", "blip2", "fuyu"),
+)
+"""One of each kind of processor, of prompt and of layer; the others are marked `alike`."""
+
+DRAWN_IN_CI = ("idefics3", "qwen2.5-vl", "mistral-small")
+"""Of families with graphs, three whose vision paths are least alike; `pytest -m families` draws all others."""
+
+
+def families(*aliases: str, in_ci: tuple[str, ...]) -> list[Any]:
+    """The aliases as parameters, marked with what they need and whether another like them is run."""
+    marks = {
+        alias: [
+            *([pytest.mark.vision] if REAL[alias].vision else []),
+            *([pytest.mark.alike] if alias not in in_ci else []),
+        ]
+        for alias in aliases
+    }
+    return [pytest.param(alias, marks=marks[alias]) for alias in aliases]
+
+
 NO_GRAPHS = {"pixtral": "vision tower of pixtral", "paligemma2": "sliding windows"}
 """Alias of a family with graphs that itself has none -> why."""
 
 DRAWN = [
-    each
-    for each in FAMILIES
-    if REAL[str(each.values[0])].specimen.config(Knobs()).model_type in PATHS and each.values[0] not in NO_GRAPHS
+    alias
+    for alias, family in REAL.items()
+    if family.specimen.config(Knobs()).model_type in PATHS and alias not in NO_GRAPHS
 ]
 """Those that have graphs."""
 
@@ -87,7 +108,7 @@ def line(request: pytest.FixtureRequest, tmp_path: Path, prompts: Path, command:
     return Line(command, folder, prompts)
 
 
-@pytest.mark.parametrize("line", FAMILIES, indirect=True)
+@pytest.mark.parametrize("line", families(*REAL, in_ci=IN_CI), indirect=True)
 def test_a_family_goes_through_the_command_line(line: Line) -> None:
     line("inspect", line.folder)
     line.extract("projection", "--layers", "last-half")
@@ -106,7 +127,7 @@ def test_a_family_goes_through_the_command_line(line: Line) -> None:
     assert adapter["equivalence"]["compared"] == ["text", "image"]
 
 
-@pytest.mark.parametrize("line", DRAWN, indirect=True)
+@pytest.mark.parametrize("line", families(*DRAWN, in_ci=DRAWN_IN_CI), indirect=True)
 def test_a_family_with_graphs_answers_by_them(line: Line) -> None:
     line.extract("projection", "--layers", "last-half")
     graphs = line.export("onnx", "--skip-behaviour")
@@ -114,7 +135,7 @@ def test_a_family_with_graphs_answers_by_them(line: Line) -> None:
     line("chat", "onnx", "how to walk ?", "--image", line.prompts / "picture.png", "--max-tokens", "4")
 
 
-@pytest.mark.parametrize("line", [each for each in FAMILIES if each.values[0] in NO_GRAPHS], indirect=True)
+@pytest.mark.parametrize("line", families(*NO_GRAPHS, in_ci=("pixtral",)), indirect=True)
 def test_a_family_whose_parts_have_no_graphs_says_which(line: Line, request: pytest.FixtureRequest) -> None:
     line.extract("projection", "--layers", "last-half")
     asked = ("-g", "projection.safetensors", "--format", "onnx", "-o", "onnx", "--skip-behaviour")
