@@ -29,8 +29,11 @@ SHARES: Mapping[Group, float] = {"harmful": 0.5, "harmless": 0.1, "benign": 0.2,
 natural prompts unseen, and weighing them more costs more recall than it saves.
 """
 
-ELSEWHERE = 0.3
+ELSEWHERE = 0.5
 """What all positions that are no prompt's last weigh, each kind of place alike, of the whole."""
+
+MISSED = 2
+"""How many times the rate of false openings may be missed of harmful prompts, where almost all are told apart."""
 
 POSITIONS = 4096
 """Of each kind of place that the detector is fitted to: more did not change it, and cost."""
@@ -111,10 +114,11 @@ def _shared(groups: Mapping[str, tuple[Tensor, float]]) -> Tensor:
 
 
 def detect(probe: LinearProbe, last: LastTokens, rate: float) -> Detector:
-    """Returns the detector that newly opens at `rate` of benign prompts, OFTENER times that of others, and never where
-    harm is less likely than not.
+    """Returns the detector that newly opens at `rate` of benign prompts, OFTENER times that of others; where it could
+    open more rarely and still miss no more than MISSED times `rate` of harmful prompts, it does.
     """
-    return probe.detector(max(0.0, threshold(probe, last, rate)), _scores(probe, last)[last.rows("harmful")])
+    harmful = _scores(probe, last)[last.rows("harmful")]
+    return probe.detector(max(threshold(probe, last, rate), float(harmful.quantile(MISSED * rate))), harmful)
 
 
 def threshold(probe: LinearProbe, last: LastTokens, rate: float) -> float:
