@@ -94,16 +94,21 @@ class Behaviour:
 
 @torch.inference_mode()
 def generate(
-    vlm: VLM, prompts: Sequence[Prompt], what: str, kind: ImageKind | None = None, guard: Guard | None = None
+    vlm: VLM,
+    prompts: Sequence[Prompt],
+    what: str,
+    kind: ImageKind | None = None,
+    guard: Guard | None = None,
+    most: int = MAX_NEW_TOKENS,
 ) -> list[str]:
-    """Returns greedy answers to `prompts`, a picture of `kind` attached to each, with `guard`'s hooks if there
-    is one.
+    """Returns greedy answers to `prompts`, up to `most` tokens each, a picture of `kind` attached to each, with
+    `guard`'s hooks if there is one.
     """
     answers: list[str] = []
     for batch in batched(prompts, at_once(vlm, prompts), what):
         inputs = encode(vlm, illustrated(batch, kind))
         with attached(vlm.model, guard, _text_pass(vlm, batch, guard)) if guard else nullcontext():
-            answers += respond(vlm, inputs)
+            answers += respond(vlm, inputs, most)
     return answers
 
 
