@@ -2,8 +2,8 @@
 
 FOLDER: a vision-language model around a safety-aligned language model, or `demo`. The guard is made as `guardfold
 extract --guard gate` makes it and attached as hooks; the built-in evaluation prompts are asked with and without it,
-under each of --kinds, up to --tokens tokens an answer. Prints, for each kind: harmful prompts not refused before and after,
-refusals lost, and plain and near-miss prompts newly refused; and how long making the guard took.
+under each of --kinds, up to --tokens tokens an answer. Prints, for each kind: harmful prompts not refused before and
+after, refusals lost, and plain and near-miss prompts newly refused; and how long making the guard took.
 """
 
 from __future__ import annotations
