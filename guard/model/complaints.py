@@ -53,7 +53,12 @@ COMPLAINTS = (
         "tokenizer_config.json into the folder",
     ),
     Complaint(
-        r"can't load image processor|unrecognized (image processor|processing class|video processor)",
+        r"unrecognized video processor|video_preprocessor_config\.json' is not a valid",
+        "video_preprocessor_config.json is not one that was published with the model; put that one in its place, or "
+        "remove it",
+    ),
+    Complaint(
+        r"can't load image processor|unrecognized (image processor|processing class)",
         "its processor is missing; put the published processor_config.json or preprocessor_config.json into the folder",
     ),
 )

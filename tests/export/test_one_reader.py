@@ -53,6 +53,13 @@ def with_config(**values: Any) -> Way:
     return lambda folder: change_json(folder / "config.json", **values)
 
 
+def without_text(folder: Path, entry: str, **outer: Any) -> None:
+    """config.json without an entry of the text model's, and others outside it."""
+    config = json.loads((folder / "config.json").read_text())
+    del config["text_config"][entry]
+    (folder / "config.json").write_text(json.dumps(config | outer))
+
+
 def with_file(name: str, content: str = "{}") -> Way:
     def write(folder: Path) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -247,6 +254,10 @@ REFUSED: dict[str, tuple[Way, str]] = {
     "fewer layers inside the config": (
         with_config(num_hidden_layers=3, text_config={"num_hidden_layers": 2}),
         "layers.2.* is none of the model's",
+    ),
+    "layers counted outside alone": (
+        lambda folder: without_text(folder, "num_hidden_layers", num_hidden_layers=3),
+        "no tensor for .*layers.3",
     ),
     "more layers in the config": (with_config(text_config={"num_hidden_layers": 4}), "no tensor for .*layers.3"),
 }
