@@ -135,8 +135,8 @@ def loading(change: Callable[[Any], nn.Module], monkeypatch: pytest.MonkeyPatch)
     class Changed:
         @staticmethod
         def from_pretrained(*arguments: Any, **options: Any) -> tuple[nn.Module, Any]:
-            made, info = AutoModelForImageTextToText.from_pretrained(*arguments, **options)
-            return change(made), info
+            found: Any = AutoModelForImageTextToText.from_pretrained(*arguments, **options)
+            return change(found[0]), found[1]
 
     monkeypatch.setattr(loaded, "auto_class", lambda config: Changed)
 
