@@ -18,10 +18,10 @@ from ..guard.base.errors import InputError, Refused
 from ..guard.base.remote_code import trusting_if_asked
 from ..guard.guard import Guard
 from ..guard.model.vlm import resolve, threads_for
-from ..validators.behaviour.evaluation_prompts import Asked, EvaluationPrompts, load_evaluation_prompts
+from ..validators.behaviour.evaluation_prompts import Asked, load_evaluation_prompts
 from ..validators.behaviour.judge import judge_for
 from ..validators.behaviour.making import GuardOptions, given_guard, guard_of, kinds_of
-from ..validators.behaviour.verdict import LIMITS, Limits, check_enough
+from ..validators.behaviour.verdict import LIMITS, Limits
 from ..validators.evidence.evidence import Evidence
 from .converting import convert
 from .describing import describe
@@ -113,17 +113,6 @@ class _Terms:
             raise Refused(f"--strict: {model.family.model_type}: {held.fold.approximate}; use --scope sublayers")
         return held
 
-    def prompts(self, folder: Path) -> EvaluationPrompts | None:
-        """Returns what behaviour is measured on, None where it is not. InputError if that is too little for any guard
-        to be called safer, and a weaker one is not asked for.
-        """
-        if self.skip_behaviour:
-            return None
-        probes = load_evaluation_prompts(folder, self.probes, self.qa, self.refusals)
-        if not self.allow_weaker:
-            check_enough(probes, self.limits)
-        return probes
-
     def refuse(self, evidence: Evidence) -> None:
         """Raises NotSafer for what is not equal to its hooks, or not safer where it must be."""
         refuse_unsound(evidence, self.allow_weaker or self.skip_behaviour)
@@ -158,7 +147,8 @@ def _guard(
             threads_for(base.folder),
             TemporaryDirectory(dir=stage, prefix=".aside-") as aside,
         ):
-            probes = terms.prompts(base.folder)
+            asked = terms.probes, terms.qa, terms.refusals
+            probes = None if terms.skip_behaviour else load_evaluation_prompts(base.folder, *asked)
             judge = judge_for(probes.refusal, probes.phrases, terms.judge) if probes else None
             if room := max(form.room(base.checkpoint) for form in order):
                 check_room(target.parent, room)

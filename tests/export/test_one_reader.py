@@ -92,6 +92,16 @@ def in_shards(folder: Path, **index: Any) -> None:
     (folder / INDEX_FILE).write_text(json.dumps({key: value for key, value in table.items() if value is not None}))
 
 
+def in_shards_of(dtype: str) -> Way:
+    """The dtype stands in the index alone."""
+
+    def write(folder: Path) -> None:
+        in_shards(folder, metadata={"dtype": dtype})
+        with_config(dtype=None)(folder)
+
+    return write
+
+
 def in_shards_beside_other_weights(folder: Path) -> None:
     in_shards(folder)
     with_weights("model.safetensors")(folder)
@@ -100,16 +110,6 @@ def in_shards_beside_other_weights(folder: Path) -> None:
 def in_shards_with_one_unlisted(folder: Path) -> None:
     in_shards(folder)
     with_weights("model-3.safetensors")(folder)
-
-
-def in_shards_of_dtype(dtype: str) -> Callable[[Path], None]:
-    """What the index says, where the config says nothing."""
-
-    def write(folder: Path) -> None:
-        in_shards(folder, metadata={"dtype": dtype})
-        with_config(dtype=None)(folder)
-
-    return write
 
 
 def in_two_shards(folder: Path) -> None:
@@ -153,11 +153,11 @@ REFUSED: dict[str, tuple[Way, str]] = {
     "loaded as whole numbers": (with_config(dtype="int8"), "dtype is 'int8', in which no model is loaded"),
     "loaded as nothing known": (with_config(torch_dtype=["float32"]), r"torch_dtype is \['float32'\], in which"),
     "an index of a dtype of no number": (
-        in_shards_of_dtype("floaty"),
+        in_shards_of("floaty"),
         r"index\.json: metadata says that dtype is 'floaty', in which no model is loaded",
     ),
     "an index of a whole dtype": (
-        in_shards_of_dtype("int8"),
+        in_shards_of("int8"),
         r"index\.json: metadata says that dtype is 'int8'",
     ),
     "an encoder and a decoder": (with_config(is_encoder_decoder=True), "is_encoder_decoder is True"),

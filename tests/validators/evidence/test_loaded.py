@@ -117,6 +117,48 @@ def test_a_reader_who_takes_the_other_of_two_names_is_found_out(
     assert failure == f"transformers does not load {NEW} as it lies in {NEW}"
 
 
+def test_no_block_of_a_tensor_may_differ(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, size: str) -> None:
+    monkeypatch.setattr(loaded, "COMPARE_BYTES", 256)  # a row or two
+    (failure,) = compare_loaded(bent(Checkpoint.open(tiny_folder), OLD)).failures
+    assert failure.endswith(OLD)
+
+
+def test_what_transformers_reports_is_a_failure(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    change_tensors(model, lambda held: held.pop(OLD))
+    monkeypatch.setattr(Layout, "check", lambda self, checkpoint: None)
+    assert f"transformers reports missing_keys: {NEW}" in compare_loaded(Checkpoint.open(model)).failures
+
+
+def loading(change: Callable[[Any], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets from_pretrained end with what `change` makes of the model."""
+
+    class Changed:
+        @staticmethod
+        def from_pretrained(*arguments: Any, **options: Any) -> tuple[nn.Module, Any]:
+            found: Any = AutoModelForImageTextToText.from_pretrained(*arguments, **options)
+            return change(found[0]), found[1]
+
+    monkeypatch.setattr(loaded, "auto_class", lambda config: Changed)
+
+
+def test_a_head_that_is_not_tied_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Tiny(tied=True).save(tmp_path / "model", processor=False)
+
+    def untied(made: Any) -> nn.Module:
+        made.lm_head.weight = nn.Parameter(made.lm_head.weight.detach().clone())
+        return made
+
+    loading(untied, monkeypatch)
+    (failure,) = compare_loaded(Checkpoint.open(tmp_path / "model")).failures
+    assert failure.startswith("transformers does not tie lm_head.weight to ")
+
+
+def test_another_class_is_found_out(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loading(lambda made: made.model, monkeypatch)
+    (failure,) = compare_loaded(Checkpoint.open(tiny_folder)).failures
+    assert failure == "transformers loads a LlavaModel, not a LlavaForConditionalGeneration"
+
+
 def test_a_folder_that_holds_more_than_is_read_is_found_out(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it was: transformers put the adapter on the model, and the fold did not."""
     from peft import LoraConfig, get_peft_model
