@@ -110,7 +110,7 @@ def test_it_is_verified_as_safer(report: dict[str, Any], manifest: dict[str, Any
     assert report["ruling"] == report["verdict"]["ruling"] == "safer"
     assert manifest["figures"] == {name: report[name] for name in manifest["figures"]}
     assert report["integrity"]["passed"] and report["equivalence"]["passed"]
-    assert (folder / "report.html").read_text().count("<svg") == 4
+    assert (folder / "report.html").read_text().count("<svg") == 5
 
 
 @pytest.mark.parametrize("kind", PICTURED)
@@ -168,14 +168,16 @@ def test_the_choice_and_its_grounds_are_recorded(manifest: dict[str, Any], folde
     found = manifest["guard"]["provenance"]
     assert json.loads(json.dumps(dict(guard.provenance))) == found
     selection, held_out = found["selection"], found["held_out"]
-    assert set(selection["parts"]) == {"fit", "threshold", "select", "test"}
+    assert set(selection["parts"]) == {"fit", "select", "test"}
     assert sum(selection["parts"].values()) == found["anchors"]["pairs"]
     assert selection["chosen"] in selection["candidates"] and selection["chosen"]["allowed"]
-    assert {row["layer"] for row in selection["candidates"]} == {2, 3}
-    assert {row["gain"] for row in selection["candidates"]} == {0.5, 1.0, 2.0}
-    most = max(row["refusal"] for row in selection["candidates"] if row["allowed"])
-    assert selection["chosen"]["refusal"] >= most - 0.04  # two points for the gate, two for the projection
-    assert selection["why"]
+    assert {row["layer"] for row in selection["trade_off"]} == set(map(int, found["recall"])) == {2, 3}
+    assert {row["gain"] for row in selection["trade_off"]} == {0.5, 1.0, 3.0}
+    most = max(row["refusal"] + row["text_refusal"] for row in selection["candidates"] if row["allowed"])
+    chosen = selection["chosen"]
+    assert chosen["refusal"] + chosen["text_refusal"] >= most - 0.04  # two points for the gate, two for the projection
+    assert selection["why"] and set(selection["apart"]) == {"sublayer-projection", "gate", "together"}
+    assert all(min(detector["auc"].values()) > 0.9 for detector in found["detector"].values())
     assert min(held_out["auc"].values()) >= 0.8
     assert max(held_out["fires_elsewhere"].values()) <= 0.02
     clip = [held_out["distance_to_clip"][beta] for beta in ("64", "256", "1024")]

@@ -34,11 +34,11 @@ from .selection import Bench, Trial, best, choose, sample_scores, scrutinise
 class GuardOptions:
     """Which guard: a guard file, or a preset with where it acts, how strongly, and from what it is made.
 
-    guard: a file, or the name of a preset (guard/presets).  scope, rank: of the projection.  layers, strength: of the
-    projection; None lets validation choose (the preset projection takes the last quarter in full).
-    false_positive_rate: share of harmless positions that reach t0; None lets validation choose.  placement: recycle
-    overwrites the least used neurons, widen adds some.  beta: steepness of the gate's corners.  family: a file that
-    says what writes to the residual stream in a family that has no row.
+    guard: a file, or the name of a preset (guard/presets).  scope, rank: of the projection.  layers: where a projection
+    and a gate may act.  strength: of the projection.  None of these lets validation choose (the preset projection takes
+    the last quarter in full).  false_positive_rate: share of benign prompts at which a gate may newly open; None lets
+    validation choose.  placement: recycle overwrites the least used neurons, widen adds some.  beta: steepness of the
+    gate's corners.  family: a file that says what writes to the residual stream in a family that has no row.
     """
 
     guard: str = DEFAULT_PRESET
