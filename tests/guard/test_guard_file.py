@@ -232,7 +232,7 @@ def test_metadata_that_would_fill_the_memory_is_refused_unread(saved: Path, monk
     with monkeypatch.context() as patch:
         patch.setattr(untrusted, "MAX_PARTS", 1000)
         assert "not sound JSON (over 1000 values)" in refused(saved)
-    monkeypatch.setattr(guard, "MAX_HEADER_BYTES", 1000)
+    monkeypatch.setattr(guard, "MAX_GUARD_HEADER_BYTES", 1000)
     assert re.search(r"damaged guard file \(a header of \d+ bytes\)", refused(saved))
 
 
