@@ -148,7 +148,8 @@ def _bytes(values: Iterable[Any]) -> int:
 def _encoded(processor: ProcessorMixin, asked: Sequence[PicturedQuestion], where: Path) -> BatchFeature:
     try:
         form = form_of(processor)
-        batch = _formed(processor, form, asked) if form else _templated(processor, asked)
+        with torch.inference_mode(False):  # whoever asks the same again may want gradients
+            batch = _formed(processor, form, asked) if form else _templated(processor, asked)
     except MemoryError:
         raise
     except Exception as error:  # untrusted numbers and words can break a processor in any way

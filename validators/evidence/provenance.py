@@ -16,12 +16,14 @@ def _sections(view: View) -> Iterator[str]:
     if any(view.edits.values()):
         yield section("Edited tensors per layer", edits_per_layer(view.edits))
     if selection := view.guard.get("selection"):
-        drawn = [partial(_trade_off, selection)] if selection.get("trade_off") else []
-        yield from section_if_sound("How the guard was chosen", *drawn, partial(_selection, selection))
+        parts = (partial(part, selection) for part in (_trade_off, _selection))
+        yield from section_if_sound("How the guard was chosen", *parts)
 
 
 def _trade_off(selection: Mapping[str, Any]) -> str:
-    return trade_off(selection["trade_off"], selection["candidates"], selection["chosen"])
+    """Returns the plot; nothing for guards of a version that did not keep it."""
+    tried = selection.get("trade_off")
+    return trade_off(tried, selection["candidates"], selection["chosen"]) if tried else ""
 
 
 def _selection(selection: Mapping[str, Any]) -> str:

@@ -66,3 +66,11 @@ def test_no_more_is_kept_than_there_is_room_for(
         encoded(taking, ASKED[:1], model)
         encoded(taking, ASKED, model)
     assert made == [ASKED, ASKED[:1], ASKED[:1]]
+
+
+def test_what_was_encoded_without_gradients_serves_where_they_are_wanted(model: Path, made: list[Any]) -> None:
+    taking = load_processor(model)
+    with torch.inference_mode():
+        encoded(taking, ASKED, model)
+    again = encoded(taking, ASKED, model)
+    assert len(made) == 1 and not any(value.is_inference() for value in again.values())
