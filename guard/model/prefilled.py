@@ -34,7 +34,8 @@ class Prefilled:
             return cls(inputs, None)
         before = {name: each[:, :-1] if name in PER_TOKEN else each for name, each in inputs.items()}
         with running(model):
-            cache = model.base_model(**before, position_ids=_positions(inputs)[:, :-1], use_cache=True).past_key_values
+            made = model.base_model(**before, position_ids=_positions(inputs)[:, :-1], use_cache=True)
+        cache = getattr(made, "past_key_values", None)
         kept = type(cache) is DynamicCache and cache.get_seq_length() == before["input_ids"].shape[1]
         return cls(inputs, cache if kept else None)
 
