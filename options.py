@@ -18,7 +18,7 @@ GuardOption = Annotated[str, typer.Option("--guard", "-g", help=f"A guard file, 
 Layers = Annotated[
     str | None,
     typer.Option(
-        help="Decoder layers to project: last-quarter, last-half, all, or numbers from 0 (3,5,20-31). "
+        help="Decoder layers to project and to gate: last-quarter, last-half, all, or numbers from 0 (3,5,20-31). "
         "Default: chosen on validation."
     ),
 ]

@@ -10,14 +10,7 @@ from torch import Tensor
 
 from ..fitting.directions import auc
 from ..fitting.last_tokens import Group, LastTokens
-from ..fitting.linear_probe import (
-    ALWAYS,
-    Detector,
-    LinearProbe,
-    fit_constant,
-    fit_probe,
-    prompt_threshold,
-)
+from ..fitting.linear_probe import ALWAYS, Detector, LinearProbe, fit_constant, fit_probe, prompt_threshold
 from ..fitting.material import Material
 from ..fitting.transcripts import Place, Readings
 from ..interventions import Candidate, Gate

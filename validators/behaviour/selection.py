@@ -17,12 +17,12 @@ import torch
 from ...guard.base.errors import Refused
 from ...guard.base.progress import batched, track
 from ...guard.fitting.calibration import Examples, Part
+from ...guard.fitting.prefilled import Prefilled
 from ...guard.fitting.transcripts import answer
 from ...guard.guard import Guard
 from ...guard.hooks import attached
 from ...guard.interventions import Candidate, Intervention, Reading
 from ...guard.interventions.base import scores
-from ...guard.model.prefilled import Prefilled
 from ...guard.model.vlm import VLM
 from ...guard.presets import Preset
 from ...guard.prompts.image_kinds import ANCHOR_KINDS, TEXT

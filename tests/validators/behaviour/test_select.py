@@ -18,12 +18,12 @@ from zoo import random_basis
 from guardfold.guard.base.errors import Refused
 from guardfold.guard.fitting import transcripts
 from guardfold.guard.fitting.calibration import BUILT_IN_BENIGN, Examples, Part, deal, load_benign
+from guardfold.guard.fitting.prefilled import Prefilled
 from guardfold.guard.fitting.transcripts import Place
 from guardfold.guard.guard import Guard
 from guardfold.guard.hooks import attached
 from guardfold.guard.interventions import Candidate, Gate, SublayerProjection
 from guardfold.guard.model.greedy import most_likely
-from guardfold.guard.model.prefilled import Prefilled
 from guardfold.guard.model.roles import mlp_parts
 from guardfold.guard.model.vlm import DEMO_NAME, VLM, resolve
 from guardfold.guard.presets import presets

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature, DynamicCache
 
-from .vlm import running
+from ..model.vlm import running
+from ..prompts.prompts import positions
+from .states import forward
 
 PER_TOKEN = ("input_ids", "attention_mask")
 
@@ -33,10 +35,8 @@ class Prefilled:
         if hasattr(model.base_model, "get_rope_index") or set(inputs) - {*PER_TOKEN, "pixel_values"}:
             return cls(inputs, None)
         before = {name: each[:, :-1] if name in PER_TOKEN else each for name, each in inputs.items()}
-        with running(model):
-            made = model.base_model(**before, position_ids=_positions(inputs)[:, :-1], use_cache=True)
-        cache = getattr(made, "past_key_values", None)
-        kept = type(cache) is DynamicCache and cache.get_seq_length() == before["input_ids"].shape[1]
+        cache = getattr(forward(model.base_model, BatchFeature(before), use_cache=True), "past_key_values", None)
+        kept = type(cache) is DynamicCache and cache.get_seq_length() == inputs["input_ids"].shape[1] - 1
         return cls(inputs, cache if kept else None)
 
     @torch.inference_mode()
@@ -45,20 +45,15 @@ class Prefilled:
 
         whole: whether hooks act at other positions too, so that all of them have to be run again.
         """
-        options: dict[str, Any] = dict(self.inputs)
-        if not hasattr(model.base_model, "get_rope_index"):
-            options["position_ids"] = _positions(self.inputs)
-        if self.cache is not None and not whole:
-            options = {
-                "input_ids": self.inputs["input_ids"][:, -1:],
-                "attention_mask": self.inputs["attention_mask"],
-                "position_ids": options["position_ids"][:, -1:],
-                "past_key_values": copy.deepcopy(self.cache),
-            }
-        with running(model):
-            logits: Tensor = model(**options, logits_to_keep=1).logits
+        if self.cache is None or whole:
+            logits: Tensor = forward(model, self.inputs, logits_to_keep=1).logits
+        else:
+            last = {"input_ids": self.inputs["input_ids"][:, -1:], "position_ids": positions(self.inputs)[:, -1:]}
+            with running(model):
+                logits = model(
+                    **last,
+                    attention_mask=self.inputs["attention_mask"],
+                    past_key_values=copy.deepcopy(self.cache),
+                    logits_to_keep=1,
+                ).logits
         return logits[:, -1].argmax(-1).cpu()
-
-
-def _positions(inputs: BatchFeature) -> Tensor:
-    return (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
