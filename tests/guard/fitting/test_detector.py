@@ -52,6 +52,16 @@ def probe_of(positives: Tensor, negatives: Tensor, unit: Tensor | None = None) -
     return fit_probe(x, harmful, weight, torch.arange(len(x)) % FOLDS, unit)
 
 
+def test_rows_are_scored_by_a_fit_that_has_not_seen_their_fold() -> None:
+    """Where one fold is labelled the other way round, its scores follow the others' labels and not its own."""
+    positives, negatives = planted(400, 400)
+    x, folds = torch.cat([positives, negatives]), torch.arange(800) % FOLDS
+    is_positive = torch.arange(800) < 400
+    odd = folds == 0
+    probe = fit_probe(x, is_positive ^ odd, torch.full((800,), 1 / 800), folds)
+    assert float(((probe.held_out > 0) == is_positive)[odd].double().mean()) > 0.9
+
+
 def test_the_planted_direction_is_found() -> None:
     probe = probe_of(*planted())
     assert cosine(probe.weights, PLANTED) > 0.97

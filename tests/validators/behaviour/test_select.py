@@ -274,6 +274,40 @@ def test_first_decisions_are_those_of_whole_answers(bench: Bench) -> None:
                 assert again[~opened].tolist() == whole[~opened].tolist()
 
 
+def test_a_kept_prefix_leaves_the_same_state_as_a_whole_pass(bench: Bench) -> None:
+    seen: list[Tensor] = []
+    head = bench.vlm.model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _module, args: seen.append(args[0][:, -1]))
+    for batch in bench.batches:
+        seen.clear()
+        batch.prefilled.decide(bench.vlm.model)
+        batch.prefilled.decide(bench.vlm.model, whole=True)
+        kept, whole = seen
+        assert torch.allclose(kept, whole, atol=1e-4)
+    handle.remove()
+
+
+def test_an_answer_that_begins_as_before_counts_as_before(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where refusals begin with the same word."""
+    monkeypatch.setattr(bench, "refusing", frozenset(range(10_000)))
+    decided = bench.decisions(Candidate((replace(make_gate(), column=torch.zeros(32)),)))
+    assert (decided.refusal, decided.text_refusal) == (bench.original.refusal, bench.original.text_refusal)
+    assert decided.new_refusals == decided.near_refusals == decided.twin_refusals == 0
+
+
+def test_candidates_answer_in_full_until_one_is_within_the_limits(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = select.Decisions(refusal=1.0, text_refusal=1.0, **NONE)
+    monkeypatch.setattr(bench, "decisions", lambda candidate: first)
+    monkeypatch.setattr(
+        bench, "figures", lambda candidate: replace(GOOD, benign_kl=0.001 if candidate.settings["n"] == 8 else 1.0)
+    )
+    trials, _ = bench.try_all([Candidate((make_gate(),), {"n": n}) for n in range(10)], "trying")
+    assert [trial.candidate.settings["n"] for trial in trials] == list(range(9))
+    assert best(trials, ORIGINAL) is trials[-1]
+
+
 def opened_before_the_last(vlm: VLM, batch: Any, gate: Gate) -> Tensor:
     """[batch]: whether the gate opens at a position before the last, which a kept prefix knows nothing of."""
     seen: list[Tensor] = []
